@@ -1,0 +1,52 @@
+# make infer   two ranks generate from the demo model     make test       the tests, and ruff
+# make bench   the numbers of README.md                    make test-all   the large grids too
+# make demo    train the demo model anew                   make wheel      build dist/*.whl
+# Each sets up .venv first, with the exact versions of constraints.txt; a second call starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RANKS ?= 2
+# DeepSpeed's operators are compiled at first use or not at all; its launcher need not explain itself.
+export DS_BUILD_OPS := 0
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi > /dev/null 2>&1 && echo cuda || echo cpu)
+export DS_LOG_LEVEL ?= error
+ARGS ?=
+
+.PHONY: infer test test-all lint bench demo wheel setup clean
+
+infer: $(READY)
+	@$(BIN)/deepspeed --num_gpus $(RANKS) infer.py $(ARGS)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+test-all: $(READY) lint
+	$(BIN)/python -m pytest -m "full or not full"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python tools/bench_main_job.py $(ARGS)
+
+demo: $(READY)
+	$(BIN)/python tools/train_demo.py $(ARGS)
+
+wheel: $(READY)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+setup: $(READY)
+
+# torch by its exact pin first: a range may pull a build for another accelerator.
+$(READY): constraints.txt setup.py pyproject.toml
+	@echo "setting up $(VENV) (once, a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tools]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,207 @@
+"""InferenceConfig: every knob of the engine and of infer.py, once.
+
+A keyword of `init_inference`, a key of a YAML preset and an option of the command line are the same field here.
+Unknown keys fail, wherever they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+PRESETS = Path(__file__).parent / "presets"
+if not PRESETS.is_dir():  # a checkout: the presets are mapped into the package only when it is installed
+    PRESETS = Path(__file__).parent.parent / "configs"
+
+
+def option(default, help: str, **argparse_keywords):
+    """A field that is also an option of the command line."""
+    keywords = {"help": help, **argparse_keywords}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=keywords)
+    return field(default=default, metadata=keywords)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallelConfig:
+    """How many ranks share one model; None means all that were launched. Fewer make data-parallel replicas."""
+
+    tp_size: int | None = None
+
+    def __post_init__(self):
+        if self.tp_size is not None and (not isinstance(self.tp_size, int) or self.tp_size < 1):
+            raise ValueError(f"tensor_parallel.tp_size: expected a positive integer, found {self.tp_size!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """All options; each field's help says what it does.
+
+    Raises:
+        ValueError: a value is out of its range or of the wrong kind; names the field, expected and found.
+    """
+
+    # The model and how it is run
+    model: str | None = option(None, "directory or hub id of a Hugging Face checkpoint (default: the demo model)")
+    tensor_parallel: TensorParallelConfig = option(
+        TensorParallelConfig(), "ranks that share one model (default: all launched)", flag="--tp-size", type=int
+    )
+    dtype: torch.dtype | None = option(
+        None, "float32, bfloat16, float16 or float64 (default: what the checkpoint's config names)"
+    )
+    device: str = option("auto", "cpu, cuda or auto")
+    threads: int | None = option(None, "CPU threads a rank (default: the cores divided among the ranks)", type=int)
+    kernels: str = option("auto", "auto, native or reference: how the recurrences are computed")
+    reduction: str = option("auto", "auto, shared_memory or torch: how the ranks add their partial results")
+    reduction_timeout: float = option(300.0, "seconds after which a rank gives up waiting for another", type=float)
+    progress: bool = option(False, "show a progress bar while loading")
+
+    # What is generated
+    max_new_tokens: int = option(128, "tokens to generate a prompt", type=int)
+    temperature: float = option(0.0, "0 takes the likeliest token; above, samples", type=float)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0: all", type=int)
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability", type=float)
+    seed: int = option(0, "the same seed draws the same at any number of ranks", type=int)
+
+    # What infer.py reads and writes
+    prompt: list[str] = option([], "a prompt; repeat the option for more", action="append")
+    prompts: str | None = option(None, "a JSONL file of prompts, one object a line with a key 'prompt'")
+    output: str | None = option(None, "a JSONL file to write the answers to")
+    batch_size: int = option(8, "prompts of a file that run together", type=int)
+    json: bool = option(False, "print answers and measurements as JSON lines, without decoration")
+
+    def __post_init__(self):
+        object.__setattr__(self, "tensor_parallel", _tensor_parallel(self.tensor_parallel))
+        object.__setattr__(self, "dtype", _dtype(self.dtype))
+        object.__setattr__(self, "prompt", [self.prompt] if isinstance(self.prompt, str) else list(self.prompt))
+        _one_of("device", self.device.split(":")[0], ("auto", "cpu", "cuda"))
+        _one_of("kernels", self.kernels, ("auto", "native", "reference"))
+        _one_of("reduction", self.reduction, ("auto", "shared_memory", "torch"))
+        _in_range("threads", self.threads, int, lambda value: value >= 1, "a positive integer", optional=True)
+        _in_range("reduction_timeout", self.reduction_timeout, (int, float), lambda value: value > 0, "seconds > 0")
+        _in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
+        _in_range("batch_size", self.batch_size, int, lambda value: value >= 1, "a positive integer")
+        _in_range("seed", self.seed, int, lambda value: True, "an integer")
+        check_sampling(self.temperature, self.top_k, self.top_p)
+
+    @classmethod
+    def from_dict(cls, options: Mapping) -> InferenceConfig:
+        """Build from plain options, those of a preset for example; unknown keys raise ValueError."""
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"unknown keys {unknown}; known are {known}")
+        return cls(**options)
+
+    @classmethod
+    def from_command_line(cls, arguments: Sequence[str] | None = None) -> InferenceConfig:
+        """Build from a command line: a preset named by --config first, the other options over it.
+
+        Raises:
+            ValueError: the preset cannot be read, or a value is wrong. argparse exits on unknown options.
+        """
+        given = vars(command_line_parser().parse_args(arguments))
+        given.pop("local_rank", None)
+        preset = given.pop("config", None)
+        if "tensor_parallel" in given:
+            given["tensor_parallel"] = {"tp_size": given["tensor_parallel"]}
+        return cls.from_dict({**(read_preset(preset) if preset else {}), **given})
+
+
+def read_preset(name: str | Path) -> dict:
+    """The options of a YAML preset: a path, or the name of a preset that is shipped.
+
+    Raises:
+        ValueError: there is no such file, or it is not a mapping of known keys.
+    """
+    shipped = PRESETS / f"{name}.yaml"
+    path = shipped if not Path(name).is_file() and shipped.is_file() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise ValueError(f"preset {name}: no such file, and not one of those shipped ({names})")
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"preset {path}: not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"preset {path}: expected keys and values, found {type(options).__name__}")
+    try:
+        InferenceConfig.from_dict(options)
+    except ValueError as error:
+        raise ValueError(f"preset {path}: {error}") from error
+    return options
+
+
+def command_line_parser() -> argparse.ArgumentParser:
+    """The options of infer.py, one a field of InferenceConfig, and --config."""
+    parser = argparse.ArgumentParser(
+        prog="infer.py",
+        description="Generate text from a selective state-space model, cut across the ranks that were launched.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="PRESET", help="a YAML preset, or the name of one in configs/")
+    # Launchers of DeepSpeed append it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    for item in fields(InferenceConfig):
+        keywords = dict(item.metadata)
+        flag = keywords.pop("flag", "--" + item.name.replace("_", "-"))
+        default = None if item.default is MISSING else item.default
+        if isinstance(default, bool):
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif default not in (None, "", TensorParallelConfig()):
+            keywords["help"] += f" (default: {default})"
+        if keywords.get("action") != argparse.BooleanOptionalAction:
+            keywords["metavar"] = flag.removeprefix("--").replace("-", "_").upper()
+        parser.add_argument(flag, dest=item.name, **keywords)
+    return parser
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError where a sampling parameter is out of its range."""
+    _in_range("temperature", temperature, (int, float), lambda value: 0 <= value < float("inf"), "a number >= 0")
+    _in_range("top_k", top_k, int, lambda value: value >= 0, "an integer >= 0")
+    _in_range("top_p", top_p, (int, float), lambda value: 0 < value <= 1, "a number in (0, 1]")
+
+
+def _tensor_parallel(value) -> TensorParallelConfig:
+    if isinstance(value, TensorParallelConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"tensor_parallel: expected {{'tp_size': N}}, found {value!r}")
+    unknown = sorted(set(value) - {"tp_size"})
+    if unknown:
+        raise ValueError(f"tensor_parallel: unknown keys {unknown}; known are ['tp_size']")
+    return TensorParallelConfig(**value)
+
+
+def _dtype(value) -> torch.dtype | None:
+    if value is None or value in DTYPES.values():
+        return value
+    name = _SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {value!r}")
+    return DTYPES[name]
+
+
+def _one_of(name: str, value, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+
+
+def _in_range(name: str, value, kind, test, expected: str, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, kind) or isinstance(value, bool) or not test(value):
+        raise ValueError(f"{name}: expected {expected}, found {value!r}")

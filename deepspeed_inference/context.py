@@ -1,0 +1,157 @@
+"""SSMInferenceContext: what the model remembers of a batch, from prefill through decode.
+
+For a selective state-space model the whole past of a sequence is one conv state and one SSM state a layer, of a size
+that does not grow. The context owns those of every layer on this rank, hands each layer its own, and alone moves them:
+forward, to other rows, to a copy. It is a transformers `Cache`, so that a Hugging Face model takes it as its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from megatron_ssm.config import SSMConfig
+from megatron_ssm.families import Family
+from megatron_ssm.state import LayerState
+
+
+class SSMInferenceContext(Cache):
+    """The state of `batch_size` sequences in every layer, on one rank; zero, which is an empty past, at first.
+
+    Args:
+        family, ssm: whose state it is; the family's table gives its shapes.
+        num_layers: how many layers.
+        batch_size: B, the number of sequences.
+        ranks: over how many ranks the state is cut.
+        dtype: of the activations, which the conv state has too; the SSM state is fp32, or fp64 where `dtype` is.
+        device: where it lies.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        ssm: SSMConfig,
+        *,
+        num_layers: int,
+        batch_size: int,
+        ranks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive integer, found {batch_size!r}")
+        state = {}
+        for name, layout in family.layer_state(ssm).items():
+            kept = torch.promote_types(dtype, torch.float32) if layout.keep_fp32 else dtype
+            shape = (num_layers, batch_size, *layout.local_shape(ranks))
+            state[name] = torch.zeros(shape, dtype=kept, device=device)
+        self._adopt(state["conv"], state["ssm"], torch.zeros(batch_size, dtype=torch.int64))
+
+    def _adopt(self, conv: torch.Tensor, ssm: torch.Tensor, positions: torch.Tensor) -> None:
+        self._conv, self._ssm = conv, ssm  # [layers, B, I/T, K-1], [layers, B, I/T, N]
+        self.positions = positions  # [B], tokens seen, on the CPU
+        self._states = [LayerState(conv=c, ssm=s) for c, s in zip(conv, ssm, strict=True)]
+        super().__init__(layers=[_CacheLayer(self, state) for state in self._states])
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences it holds."""
+        return self.positions.numel()
+
+    def layer(self, index: int) -> LayerState:
+        """The state that layer `index` reads and overwrites.
+
+        Raises:
+            ValueError: the context was freed.
+        """
+        self._check_alive()
+        return self._states[index]
+
+    def advance(self, tokens: int | torch.Tensor) -> None:
+        """Note that every sequence went on by `tokens`, one number or one a row."""
+        self.positions = self.positions + tokens
+
+    def nbytes(self) -> int:
+        """Bytes that the state takes on this rank."""
+        self._check_alive()
+        return self._conv.nbytes + self._ssm.nbytes
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Make row i what row index[i] was; rows may repeat, and their number may change.
+
+        Args:
+            index: [B'] integers in 0..B-1.
+
+        Raises:
+            ValueError: an index is out of range.
+        """
+        self._check_alive()
+        rows = torch.as_tensor(index, dtype=torch.int64).cpu()
+        if rows.dim() != 1 or not rows.numel() or rows.min() < 0 or rows.max() >= self.batch_size:
+            raise ValueError(f"reorder: expected row indices in 0..{self.batch_size - 1}, found {rows.tolist()}")
+        there = rows.to(self._ssm.device)
+        self._adopt(self._conv.index_select(1, there), self._ssm.index_select(1, there), self.positions[rows])
+
+    def fork(self) -> SSMInferenceContext:
+        """A copy that goes its own way from here."""
+        self._check_alive()
+        copy = object.__new__(type(self))
+        copy._adopt(self._conv.clone(), self._ssm.clone(), self.positions.clone())
+        return copy
+
+    def free(self) -> None:
+        """Give the memory back; any later use raises ValueError."""
+        self._conv = self._ssm = None
+        self._states = []
+        self.layers = []
+
+    def reset(self) -> None:
+        """Forget everything: every row is an empty sequence again."""
+        self._check_alive()
+        self._conv.zero_()
+        self._ssm.zero_()
+        self.positions.zero_()
+
+    # What transformers asks of a Cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen by the longest row."""
+        return int(self.positions.max())
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether any token has been seen."""
+        return self.get_seq_length() > 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """`reorder`, by the name that beam search calls."""
+        self.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """`reorder`, by another name."""
+        self.reorder(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self.reorder(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def __repr__(self) -> str:
+        if self._conv is None:
+            return f"{type(self).__name__}(freed)"
+        return f"{type(self).__name__}(layers={len(self._states)}, positions={self.positions.tolist()})"
+
+    def _check_alive(self) -> None:
+        if self._conv is None:
+            raise ValueError("this context was freed; make another with engine.new_context")
+
+
+class _CacheLayer(LinearAttentionLayer):
+    """One layer as transformers sees it: a window on the context's tensors."""
+
+    def __init__(self, context: SSMInferenceContext, state: LayerState):
+        super().__init__()
+        self.batch_size = context.batch_size
+        self.dtype, self.device = state.conv.dtype, state.conv.device
+        self.conv_states[0], self.recurrent_states[0] = state.conv, state.ssm
+        self.conv_kernel_size[0] = state.conv.shape[-1] + 1
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = True

@@ -1,0 +1,69 @@
+"""Prompts in, answers out: the command line's and those of JSONL files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `error` says why it cannot run; then `text` is empty.
+
+    Args:
+        index: its place among all prompts, from 0.
+        text: what the model continues.
+        origin: for messages, "--prompt 1" or "FILE:LINE".
+        extra: the other keys of its JSON object, which its answer carries too.
+    """
+
+    index: int
+    text: str
+    origin: str
+    extra: dict
+    error: str | None = None
+
+
+def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
+    """The prompts of the command line, then those of a JSONL file; a line that is wrong becomes one with an error.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    prompts = [Prompt(index, text, f"--prompt {index + 1}", {}) for index, text in enumerate(texts)]
+    if file is None:
+        return prompts
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts: cannot read {file}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompts.append(_parse(line, len(prompts), f"{file}:{number}"))
+    return prompts
+
+
+def answer(prompt: Prompt, text: str, tokens: int, finish: str) -> dict:
+    """What is written for a prompt that ran; `finish` is "stop" or "length"."""
+    return {**prompt.extra, "index": prompt.index, "prompt": prompt.text} | {
+        "text": text,
+        "tokens": tokens,
+        "finish": finish,
+    }
+
+
+def refusal(prompt: Prompt) -> dict:
+    """What is written for a prompt that could not run."""
+    return {**prompt.extra, "index": prompt.index, "origin": prompt.origin, "error": prompt.error}
+
+
+def _parse(line: str, index: int, origin: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return Prompt(index, "", origin, {}, f"{origin}: not JSON: {error}")
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        return Prompt(index, "", origin, {}, f"{origin}: expected an object with a string 'prompt', found {line[:80]}")
+    extra = {key: value for key, value in record.items() if key != "prompt"}
+    return Prompt(index, record["prompt"], origin, extra)

@@ -1,0 +1,126 @@
+"""Session: a tokenizer and an engine that answer prompts, on every rank alike."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, TextStreamer
+
+from deepspeed_inference.config import InferenceConfig
+from deepspeed_inference.engine import init_inference
+from deepspeed_inference.generate import stream
+from deepspeed_inference.pretrained import model_directory
+from deepspeed_inference.prompts import Prompt, answer
+from deepspeed_inference.report import Measurements
+from deepspeed_inference.sampling import Sampling
+
+
+class Session:
+    """Answers prompts as an InferenceConfig says. A context manager: on leaving, the engine is closed.
+
+    Raises:
+        ValueError: the model or the options are wrong, or the checkpoint has no tokenizer.
+    """
+
+    def __init__(self, config: InferenceConfig):
+        self.config = config
+        self.engine = init_inference(config=replace(config, progress=not config.json))
+        directory = model_directory(config.model)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model {directory}: no tokenizer can be read from it: {error}") from error
+        self.is_first = self.engine.groups.replica == 0 and self.engine.reduction.rank == 0
+        self.measurements = Measurements()
+        self._sampling = Sampling(
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.engine.close()
+
+    def say(self, text: str, file=None) -> None:
+        """Print on the first rank only."""
+        if self.is_first:
+            print(text, file=file or sys.stdout, flush=True)
+
+    def check(self, prompt: Prompt) -> Prompt:
+        """The prompt, with an error where its text gives no tokens or ids that the model does not have."""
+        if prompt.error is not None:
+            return prompt
+        ids = self._encode(prompt)
+        if not ids:
+            return replace(prompt, text="", error=f"{prompt.origin}: the prompt is empty")
+        vocabulary = self.engine.head.vocab_size
+        if max(ids) >= vocabulary:
+            found = f"{prompt.origin}: expected token ids below {vocabulary}, found {max(ids)}"
+            return replace(prompt, text="", error=found)
+        return prompt
+
+    def stream(self, prompts: list[Prompt], echo: bool) -> Iterator[dict]:
+        """Answer prompts one by one; the first rank prints each as it comes, if `echo`."""
+        for prompt in prompts:
+            printer = None
+            if echo and self.is_first:
+                print(prompt.text, end="", flush=True)
+                printer = TextStreamer(self.tokenizer, skip_special_tokens=True)
+            yield from self._answer([prompt], printer)
+
+    def batches(self, prompts: list[Prompt]) -> list[dict]:
+        """Answer prompts in batches, each replica its share; all answers on the first rank of all."""
+        groups, size = self.engine.groups, self.config.batch_size
+        mine = prompts[groups.replica :: groups.replicas]
+        answers = []
+        with tqdm(total=len(mine), desc="prompts", disable=None if self.is_first else True) as bar:
+            for start in range(0, len(mine), size):
+                batch = mine[start : start + size]
+                answers += self._answer(batch, None)
+                bar.update(len(batch))
+        return [record for share in groups.gather_objects(answers) or [answers] for record in share]
+
+    def summary(self) -> dict:
+        """The numbers of the run; every rank calls it."""
+        return self.measurements.summary(self.engine)
+
+    def _answer(self, prompts: list[Prompt], printer: TextStreamer | None) -> list[dict]:
+        encoded = [torch.tensor(self._encode(prompt)) for prompt in prompts]
+        lengths = torch.tensor([ids.numel() for ids in encoded])
+        ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        ends = self.engine.eos_token_ids
+        rows: list[list[int]] = [[] for _ in prompts]
+        self.measurements.begin()
+        steps = stream(
+            self.engine,
+            ids,
+            lengths=lengths,
+            max_new_tokens=self.config.max_new_tokens,
+            sampling=self._sampling,
+            eos_token_ids=ends,
+        )
+        for tokens in steps:
+            self.measurements.step(int((tokens >= 0).sum()), self.engine)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if token >= 0:
+                    row.append(token)
+            if printer is not None:
+                printer.put(tokens)
+        if printer is not None:
+            printer.end()
+        return [
+            answer(prompt, self.tokenizer.decode(row, skip_special_tokens=True), len(row), _finish(row, ends))
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer(prompt.text)["input_ids"]
+
+
+def _finish(row: list[int], ends: frozenset[int]) -> str:
+    return "stop" if row and row[-1] in ends else "length"

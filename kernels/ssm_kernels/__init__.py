@@ -1,0 +1,20 @@
+"""How the recurrences of selective state-space models are computed. Knows nothing of ranks.
+
+Public ops, all token-major and differentiable unless they update a state in place; each has a plain PyTorch twin of the
+same signature in `ssm_kernels.reference`. `dispatch` chooses the backend.
+"""
+
+from ssm_kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from ssm_kernels.dispatch import backend_report, use_backend
+from ssm_kernels.rms_norm import rms_norm
+from ssm_kernels.selective_scan import selective_scan, selective_state_update
+
+__all__ = [
+    "backend_report",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+    "use_backend",
+]

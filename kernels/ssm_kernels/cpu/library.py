@@ -1,0 +1,99 @@
+"""The native library of all CPU kernels: its sources, its entry points, and how tensors are described to it.
+
+Every entry point takes one pointer to a packed block of 8-byte fields that mirrors a struct at the top of its C++ file:
+packing one block costs a fraction of passing thirty ctypes arguments, and decode calls these ops for every layer of
+every token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssm_kernels import native
+
+FOLDER = Path(__file__).parent.parent / "csrc"
+SOURCES = ("selective_scan.cpp", "selective_scan_backward.cpp", "causal_conv1d.cpp", "rms_norm.cpp")
+HEADERS = ("vector.h", "rows.h", "selective_scan.h")
+ENTRY_POINTS = (
+    "selective_scan_forward",
+    "selective_scan_backward",
+    "causal_conv1d_forward",
+    "causal_conv1d_backward",
+    "rms_norm_forward",
+    "rms_norm_backward",
+)
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+NO_ROWS = (0, 0, 0, 0)
+NO_SLOTS = (0, 0, 0)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library with its entry points declared, built at the first call. Raises native.NativeBuildError."""
+    loaded = native.load_library("ssm_kernels", [FOLDER / name for name in SOURCES], [FOLDER / name for name in HEADERS])
+    for name in ENTRY_POINTS:
+        entry = getattr(loaded, name)
+        entry.argtypes = [ctypes.c_char_p]
+        entry.restype = ctypes.c_int64
+    return loaded
+
+
+@cache
+def entry_point(name: str) -> Callable[[bytes], int]:
+    return getattr(library(), name)
+
+
+def unit_stride(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself where its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def parameter(tensor: Tensor | None) -> Tensor | None:
+    """A small parameter as contiguous fp32, which it normally is already."""
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """`struct Rows` of a tensor [B, L, channels], or [B, channels] for one token a row."""
+    if tensor is None:
+        return NO_ROWS
+    strides = tensor.stride()
+    token_stride = strides[1] if len(strides) == 3 else 0
+    return tensor.data_ptr(), strides[0], token_stride, tensor.dtype is torch.bfloat16
+
+
+def state_view(tensor: Tensor | None) -> tuple[int, int, int]:
+    """`struct StateView` of a state [slots, channels, states]."""
+    if tensor is None:
+        return 0, 0, 0
+    strides = tensor.stride()
+    return tensor.data_ptr(), strides[0], strides[1]
+
+
+def slots(indices: Tensor | None, pool: Tensor | None) -> tuple[int, int, int]:
+    """`struct Slots`."""
+    if indices is None:
+        return NO_SLOTS
+    return indices.data_ptr(), indices.dtype is torch.int32, pool.shape[0]
+
+
+def raise_for_code(code: int, indices: Tensor | None, pool: Tensor | None) -> None:
+    """Turn what an entry point returned into the error that it stands for."""
+    if code:
+        raise ValueError(
+            f"state_indices: expected slots in [0, {pool.shape[0]}), found {indices.min().item()} to "
+            f"{indices.max().item()}"
+        )

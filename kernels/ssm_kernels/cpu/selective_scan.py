@@ -1,0 +1,133 @@
+"""Launchers of csrc/selective_scan.cpp and csrc/selective_scan_backward.cpp."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ssm_kernels.cpu import library
+from ssm_kernels.cpu.library import parameter, pointer, raise_for_code, rows, state_view, unit_stride
+
+CHUNK = 64  # kChunk in csrc/selective_scan.h
+BLOCK = 16  # kLanes in csrc/vector.h
+MAX_STATES = 256  # kMaxStates
+
+_pack = struct.Struct("=44q").pack  # struct ScanArguments
+_pack_gradients = struct.Struct("=27q").pack  # the rest of struct ScanGradients
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial: Tensor | None,
+    final: Tensor | None,
+    starts: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    chunk_states: Tensor | None = None,
+) -> Tensor:
+    """Run the scan and return `out`; `final` is written. x is [B, L, I], or [B, I] for one step.
+
+    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype)
+    A, D, dt_bias = parameter(A), parameter(D), parameter(dt_bias)
+    block, _kept = _arguments(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, final, starts, state_indices, chunk_states, out
+    )
+    code = library.entry_point("selective_scan_forward")(block)
+    if code:
+        raise_for_code(code, state_indices, final)
+    return out
+
+
+def _arguments(
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, final, starts, state_indices, chunk_states, out
+) -> tuple[bytes, tuple]:
+    # The second result keeps converted copies alive while the kernel runs.
+    x, dt, B, C, z = kept = unit_stride(x), unit_stride(dt), unit_stride(B), unit_stride(C), unit_stride(z)
+    if starts is None:
+        sequences, length = x.shape[0], (x.shape[1] if x.dim() == 3 else 1)
+    else:
+        sequences, length = starts.shape[0] - 1, x.shape[1]
+    block = _pack(
+        *rows(x),
+        *rows(dt),
+        *rows(B),
+        *rows(C),
+        *rows(z),
+        *rows(out),
+        A.data_ptr(),
+        pointer(D),
+        pointer(dt_bias),
+        *state_view(initial),
+        *state_view(final),
+        *library.slots(state_indices, final),
+        pointer(starts),
+        sequences,
+        length,
+        x.shape[-1],
+        A.shape[1],
+        dt_softplus,
+        torch.get_num_threads(),
+        pointer(chunk_states),
+    )
+    return block, kept
+
+
+def chunk_states_for(x: Tensor, A: Tensor, starts: Tensor | None) -> Tensor:
+    """Room for the states that the backward starts from, one every CHUNK tokens of each sequence."""
+    batch, length, channels = x.shape
+    chunks = batch * -(-length // CHUNK) if starts is None else length // CHUNK + starts.shape[0]
+    return torch.empty(chunks, -(-channels // BLOCK), A.shape[1], BLOCK)
+
+
+def backward(
+    saved: tuple[Tensor, ...],
+    dt_softplus: bool,
+    out_grad: Tensor | None,
+    final_grad: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state), None where the input was omitted.
+
+    `saved` is (x, dt, A, B, C, D, z, dt_bias, initial_state, starts, chunk_states) of the forward. The gradients of A,
+    D, dt_bias and initial_state are fp32, the others have their input's dtype.
+    """
+    x, dt, A, B, C, D, z, dt_bias, initial, starts, chunk_states = saved
+    A32, D32, bias32 = parameter(A), parameter(D), parameter(dt_bias)
+    out_grad = torch.zeros_like(x) if out_grad is None else unit_stride(out_grad)
+    final_grad = unit_stride(final_grad)
+    block, _kept = _arguments(
+        x, dt, A32, B, C, D32, z, bias32, dt_softplus, initial, None, starts, None, chunk_states, None
+    )
+    batch, length, states = B.shape
+    x_grad, dt_grad = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=dt.dtype)
+    z_grad = None if z is None else torch.empty(z.shape, dtype=z.dtype)
+    A_grad = torch.empty(A.shape)
+    D_grad, bias_grad = (None if p is None else torch.empty(p.shape) for p in (D, dt_bias))
+    B_grad, C_grad = (torch.empty(torch.get_num_threads(), batch, length, states) for _ in range(2))
+    initial_grad = None if initial is None else torch.empty(initial.shape)
+    gradients = _pack_gradients(
+        *rows(out_grad),
+        *state_view(final_grad),
+        *rows(x_grad),
+        *rows(dt_grad),
+        *rows(z_grad),
+        A_grad.data_ptr(),
+        pointer(D_grad),
+        pointer(bias_grad),
+        B_grad.data_ptr(),
+        C_grad.data_ptr(),
+        *state_view(initial_grad),
+    )
+    library.entry_point("selective_scan_backward")(block + gradients)
+    B_grad, C_grad = B_grad.sum(0).to(B.dtype), C_grad.sum(0).to(C.dtype)
+    return x_grad, dt_grad, A_grad, B_grad, C_grad, D_grad, z_grad, bias_grad, initial_grad

@@ -1,0 +1,251 @@
+// Depthwise causal convolution along time, K taps, forward and backward.
+//
+//   out[t] = act(bias + sum_k weight[k] x[t - K + 1 + k])
+//
+// Lanes are channels. A window of K - 1 past rows and 32 new ones, 64 channels wide, is held in fp32: out[t] reads rows
+// t .. t + K - 1 of it. The last K - 1 rows are the state, and the first rows of the next window.
+
+#include "rows.h"
+
+namespace {
+
+constexpr int kTile = 32;      // tokens
+constexpr int kMaxWidth = 8;   // MAX_WIDTH in cpu/causal_conv1d.py
+constexpr int kWindowRows = kMaxWidth - 1 + kTile;
+constexpr int64_t kParallelWork = 1 << 17;  // outputs; less takes about 20 us, and other threads are not worth waking
+
+struct ConvState {
+  char* data;  // [slots, C, K - 1] in the dtype of x, or null
+  int64_t slot_stride, channel_stride;
+};
+
+// Packed by cpu/causal_conv1d.py: every field has 8 bytes. Order matters.
+struct ConvArguments {
+  Rows x, out;  // backward: `out` is the gradient of the output
+  const char* weight;
+  int64_t weight_stride, weight_is_bf16;
+  const char* bias;
+  int64_t bias_is_bf16;
+  ConvState initial, final;  // backward: `final` is the gradient of the final state
+  Slots slots;
+  Sequences sequences;
+  int64_t channels, width, silu, threads;
+};
+
+struct ConvGradients {
+  ConvArguments forward;
+  Rows x;
+  ConvState initial;
+  float *weight, *bias;  // [C, K], [C]; bias may be null
+};
+
+float element(const char* data, bool is_bf16, int64_t index) {
+  return is_bf16 ? bf16_to_float(reinterpret_cast<const uint16_t*>(data)[index])
+                 : reinterpret_cast<const float*>(data)[index];
+}
+
+struct Taps {
+  vfloat weight[kMaxWidth], bias;
+};
+
+Taps load_taps(const ConvArguments& args, int64_t channel) {
+  Taps taps = {};
+  const int64_t channels = std::min<int64_t>(kLanes, args.channels - channel);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t k = 0; k < args.width; ++k)
+      taps.weight[k][c] = element(args.weight, args.weight_is_bf16, (channel + c) * args.weight_stride + k);
+    if (args.bias) taps.bias[c] = element(args.bias, args.bias_is_bf16, channel + c);
+  }
+  return taps;
+}
+
+// State [C, K - 1] of one group to window rows.
+void load_state(const ConvState& state, bool is_bf16, int64_t slot, int64_t channel, int channels, int past,
+                float* window) {
+  std::fill_n(window, past * kGroup, 0.0f);
+  if (!state.data) return;
+  for (int c = 0; c < channels; ++c)
+    for (int k = 0; k < past; ++k)
+      window[k * kGroup + c] =
+          element(state.data, is_bf16, slot * state.slot_stride + (channel + c) * state.channel_stride + k);
+}
+
+void store_state(const float* window, const ConvState& state, bool is_bf16, int64_t slot, int64_t channel,
+                 int channels, int past) {
+  if (!state.data) return;
+  for (int k = 0; k < past; ++k) {
+    const float* row = window + k * kGroup;
+    uint16_t narrow[kGroup];
+    if (is_bf16) store_row(narrow, channels, row);
+    for (int c = 0; c < channels; ++c) {
+      const int64_t at = slot * state.slot_stride + (channel + c) * state.channel_stride + k;
+      if (is_bf16)
+        reinterpret_cast<uint16_t*>(state.data)[at] = narrow[c];
+      else
+        reinterpret_cast<float*>(state.data)[at] = row[c];
+    }
+  }
+}
+
+template <int kWidth>
+inline vfloat convolve(const float* window, const Taps& taps) {
+  vfloat total = taps.bias;
+#pragma GCC unroll 8
+  for (int k = 0; k < kWidth; ++k) total += taps.weight[k] * load(window + k * kGroup);
+  return total;
+}
+
+template <int kWidth>
+void forward_group(const ConvArguments& args, int64_t sequence, int64_t group) {
+  alignas(64) float window[kWindowRows * kGroup], out[kTile * kGroup];
+  constexpr int kPast = kWidth - 1;
+  const int64_t channel = group * kGroup, slot = args.slots.of(sequence);
+  const int channels = channels_of_group(group, args.channels), blocks = static_cast<int>(blocks_of(channels));
+  load_state(args.initial, args.x.is_bf16, slot, channel, channels, kPast, window);
+  Taps taps[kGroup / kLanes];
+  for (int k = 0; k < blocks; ++k) taps[k] = load_taps(args, channel + k * kLanes);
+  const int64_t row = args.sequences.row(sequence), first = args.sequences.first(sequence);
+  const int64_t length = args.sequences.length(sequence);
+  for (int64_t begin = 0; begin < length; begin += kTile) {
+    const int tokens = static_cast<int>(std::min<int64_t>(kTile, length - begin));
+    load_tile(args.x, row, first + begin, tokens, channel, channels, window + kPast * kGroup);
+    for (int k = 0; k < blocks; ++k)
+      for (int t = 0; t < tokens; ++t) {
+        const int at = t * kGroup + k * kLanes;
+        const vfloat y = convolve<kWidth>(window + at, taps[k]);
+        store(out + at, args.silu ? silu(y) : y);
+      }
+    store_tile(args.out, row, first + begin, tokens, channel, channels, out);
+    std::memmove(window, window + tokens * kGroup, kPast * kGroup * sizeof(float));
+  }
+  store_state(window, args.final, args.x.is_bf16, slot, channel, channels, kPast);
+}
+
+// The gradient of x has the window's rows: out[t] gives to rows t .. t + K - 1. A row is complete, and leaves, once the
+// window has moved past it; rows before the first token belong to the initial state.
+template <int kWidth>
+struct BackwardGroup {
+  static constexpr int kPast = kWidth - 1;
+  const ConvGradients& grads;
+  const ConvArguments& args;
+  const int64_t channel;
+  const int channels, blocks;
+  Taps taps[kGroup / kLanes], taps_grad[kGroup / kLanes] = {};
+  alignas(64) float x[kWindowRows * kGroup];
+  alignas(64) float x_grad[kWindowRows * kGroup];
+  alignas(64) float out_grad[kTile * kGroup];
+  alignas(64) float initial_grad[kMaxWidth * kGroup];
+
+  BackwardGroup(const ConvGradients& gradients, int64_t group)
+      : grads(gradients),
+        args(gradients.forward),
+        channel(group * kGroup),
+        channels(channels_of_group(group, args.channels)),
+        blocks(static_cast<int>(blocks_of(channels))) {
+    for (int k = 0; k < blocks; ++k) taps[k] = load_taps(args, channel + k * kLanes);
+  }
+
+  void tile(int tokens) {
+    for (int k = 0; k < blocks; ++k) {
+      Taps grad = taps_grad[k];
+      for (int t = 0; t < tokens; ++t) {
+        const int at = t * kGroup + k * kLanes;
+        vfloat g = load(out_grad + at);
+        if (args.silu) {
+          const vfloat y = convolve<kWidth>(x + at, taps[k]), s = sigmoid(y);
+          g *= s * (1.0f + y * (1.0f - s));
+        }
+        grad.bias += g;
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) {
+          grad.weight[j] += g * load(x + at + j * kGroup);
+          store(x_grad + at + j * kGroup, load(x_grad + at + j * kGroup) + g * taps[k].weight[j]);
+        }
+      }
+      taps_grad[k] = grad;
+    }
+  }
+
+  // `token` is the position within the sequence of the first of `count` finished rows.
+  void emit(int64_t sequence, int64_t token, int count) {
+    const int64_t row = args.sequences.row(sequence), first = args.sequences.first(sequence);
+    for (int r = 0; r < count; ++r) {
+      const float* from = x_grad + r * kGroup;
+      if (token + r < 0)
+        std::memcpy(initial_grad + (token + r + kPast) * kGroup, from, kGroup * sizeof(float));
+      else
+        store_row(grads.x.at(row, first + token + r, channel), grads.x.is_bf16, channels, from);
+    }
+  }
+
+  void sequence(int64_t s) {
+    const int64_t row = args.sequences.row(s), first = args.sequences.first(s), length = args.sequences.length(s);
+    load_state(args.initial, args.x.is_bf16, s, channel, channels, kPast, x);
+    std::fill_n(x_grad, kWindowRows * kGroup, 0.0f);
+    for (int64_t begin = 0; begin < length; begin += kTile) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kTile, length - begin));
+      load_tile(args.x, row, first + begin, tokens, channel, channels, x + kPast * kGroup);
+      load_tile(args.out, row, first + begin, tokens, channel, channels, out_grad);
+      tile(tokens);
+      emit(s, begin - kPast, tokens);
+      std::memmove(x, x + tokens * kGroup, kPast * kGroup * sizeof(float));
+      std::memmove(x_grad, x_grad + tokens * kGroup, kPast * kGroup * sizeof(float));
+      std::fill_n(x_grad + kPast * kGroup, kTile * kGroup, 0.0f);
+    }
+    load_state(args.final, args.x.is_bf16, s, channel, channels, kPast, x);  // x is no longer needed
+    for (int i = 0; i < kPast * kGroup; ++i) x_grad[i] += x[i];
+    emit(s, length - kPast, kPast);
+    store_state(initial_grad, grads.initial, args.x.is_bf16, s, channel, channels, kPast);
+  }
+
+  void store_parameters() {
+    for (int c = 0; c < channels; ++c) {
+      const Taps& grad = taps_grad[c / kLanes];
+      for (int k = 0; k < kWidth; ++k) grads.weight[(channel + c) * kWidth + k] = grad.weight[k][c % kLanes];
+      if (grads.bias) grads.bias[channel + c] = grad.bias[c % kLanes];
+    }
+  }
+};
+
+template <int kWidth>
+void backward_group(const ConvGradients& grads, int64_t group) {
+  BackwardGroup<kWidth> state(grads, group);
+  for (int64_t s = 0; s < grads.forward.sequences.count; ++s) state.sequence(s);
+  state.store_parameters();
+}
+
+using ForwardGroup = void (*)(const ConvArguments&, int64_t, int64_t);
+using BackwardGroupFunction = void (*)(const ConvGradients&, int64_t);
+constexpr ForwardGroup kForward[] = {nullptr,          nullptr,          forward_group<2>, forward_group<3>, forward_group<4>,
+                                     forward_group<5>, forward_group<6>, forward_group<7>, forward_group<8>};
+constexpr BackwardGroupFunction kBackward[] = {
+    nullptr,           nullptr,           backward_group<2>, backward_group<3>, backward_group<4>,
+    backward_group<5>, backward_group<6>, backward_group<7>, backward_group<8>};
+
+template <class Run>
+void for_each(int64_t items, const ConvArguments& args, const Run& run) {
+  if (args.threads == 1 || args.sequences.tokens() * args.channels < kParallelWork) {
+    for (int64_t item = 0; item < items; ++item) run(item);
+  } else {
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(args.threads))
+    for (int64_t item = 0; item < items; ++item) run(item);
+  }
+}
+
+}  // namespace
+
+extern "C" int64_t causal_conv1d_forward(const void* packed) {
+  const ConvArguments& args = *static_cast<const ConvArguments*>(packed);
+  if (!args.slots.in_range(args.sequences.count)) return kSlotOutOfRange;
+  const int64_t groups = groups_of(args.channels);
+  for_each(args.sequences.count * groups, args,
+           [&](int64_t item) { kForward[args.width](args, item / groups, item % groups); });
+  return 0;
+}
+
+extern "C" int64_t causal_conv1d_backward(const void* packed) {
+  const ConvGradients& grads = *static_cast<const ConvGradients*>(packed);
+  for_each(groups_of(grads.forward.channels), grads.forward,
+           [&](int64_t group) { kBackward[grads.forward.width](grads, group); });
+  return 0;
+}

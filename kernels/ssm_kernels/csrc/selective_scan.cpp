@@ -1,0 +1,190 @@
+// Forward of the selective scan, and the decode step, which is a scan of length 1.
+//
+//   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = C_t . h_t + D x_t        out_t = y_t silu(z_t)
+//
+// Lanes are 16 channels, and the N states of those channels are N vectors that stay in registers while time runs. The
+// exponential is the cost: A arrives multiplied by log2(e), so that each decay is one multiplication and one 2^v.
+// Tiles of 32 tokens by 64 channels are converted to fp32 and prepared (softplus, dt * x) before the time loop.
+
+#include "selective_scan.h"
+
+namespace {
+
+constexpr int kTile = 32;  // tokens; divides kChunk
+static_assert(kChunk % kTile == 0, "a saved state must fall on the edge of a tile");
+
+// Below this many state updates (about 40 us) waking other threads costs more than it brings.
+constexpr int64_t kParallelWork = 1 << 17;
+
+// One tile of one vector of channels. kStates 0: `states` is known only at run time and h lives in the L1 cache.
+template <int kStates>
+void scan_block(int tokens, int states, const float* dt, const float* u, const float* b, int64_t b_stride,
+                const float* c, int64_t c_stride, const vfloat* a, vfloat* state, float* y) {
+  const int count = kStates ? kStates : states;
+  vfloat h[kStates ? kStates : kMaxStates];
+  for (int n = 0; n < count; ++n) h[n] = state[n];
+  for (int t = 0; t < tokens; ++t) {
+    const vfloat dt_t = load(dt + t * kGroup), u_t = load(u + t * kGroup);
+    const float *b_t = b + t * b_stride, *c_t = c + t * c_stride;
+    vfloat total[2] = {};  // two, so that the additions do not wait for one another
+#pragma GCC unroll 16
+    for (int n = 0; n < count; ++n) {
+      h[n] = exp2(dt_t * a[n]) * h[n] + u_t * b_t[n];
+      total[kStates ? n % 2 : 0] += h[n] * c_t[n];
+    }
+    store(y + t * kGroup, total[0] + total[1]);
+  }
+  for (int n = 0; n < count; ++n) state[n] = h[n];
+}
+
+void scan_block_any(int tokens, int states, const float* dt, const float* u, const float* b, int64_t b_stride,
+                    const float* c, int64_t c_stride, const vfloat* a, vfloat* state, float* y) {
+  switch (states) {
+    case 8: return scan_block<8>(tokens, states, dt, u, b, b_stride, c, c_stride, a, state, y);
+    case 16: return scan_block<16>(tokens, states, dt, u, b, b_stride, c, c_stride, a, state, y);
+    default: return scan_block<0>(tokens, states, dt, u, b, b_stride, c, c_stride, a, state, y);
+  }
+}
+
+struct Tile {
+  alignas(64) float dt[kTile * kGroup];
+  alignas(64) float u[kTile * kGroup];  // dt * x
+  alignas(64) float x[kTile * kGroup];
+  alignas(64) float y[kTile * kGroup];
+};
+
+// Loads x and dt; dt becomes the step size, and u = dt * x.
+void prepare(const ScanArguments& args, int64_t row, int64_t token, int tokens, int64_t group, Tile& tile) {
+  const int64_t channel = group * kGroup;
+  const int channels = channels_of_group(group, args.channels);
+  load_tile(args.x, row, token, tokens, channel, channels, tile.x);
+  load_tile(args.dt, row, token, tokens, channel, channels, tile.dt);
+  for (int block = 0; block < blocks_of(channels); ++block) {
+    const vfloat bias = load_parameter(args.dt_bias, channel + block * kLanes,
+                                       std::min(kLanes, channels - block * kLanes));
+    for (int t = 0; t < tokens; ++t) {
+      const int at = t * kGroup + block * kLanes;
+      vfloat dt = load(tile.dt + at) + bias;
+      if (args.softplus) dt = softplus(dt);
+      store(tile.dt + at, dt);
+      store(tile.u + at, dt * load(tile.x + at));
+    }
+  }
+}
+
+// Adds the skip connection, multiplies by the gate, and stores.
+void finish(const ScanArguments& args, int64_t row, int64_t token, int tokens, int64_t group, Tile& tile) {
+  const int64_t channel = group * kGroup;
+  const int channels = channels_of_group(group, args.channels);
+  float* z = tile.u;  // no longer needed
+  if (args.z) load_tile(args.z, row, token, tokens, channel, channels, z);
+  for (int block = 0; block < blocks_of(channels); ++block) {
+    const vfloat d = load_parameter(args.d, channel + block * kLanes, std::min(kLanes, channels - block * kLanes));
+    for (int t = 0; t < tokens; ++t) {
+      const int at = t * kGroup + block * kLanes;
+      vfloat y = load(tile.y + at);
+      if (args.d) y += d * load(tile.x + at);
+      if (args.z) y *= silu(load(z + at));
+      store(tile.y + at, y);
+    }
+  }
+  store_tile(args.out, row, token, tokens, channel, channels, tile.y);
+}
+
+float* slot(const StateView& view, const Slots& slots, int64_t sequence, int64_t channel) {
+  return view.data + slots.of(sequence) * view.slot_stride + channel * view.channel_stride;
+}
+
+// The whole of one sequence for one group of channels.
+void scan_group(const ScanArguments& args, const StateRows& b, const StateRows& c, int64_t sequence, int64_t group,
+                int64_t first_chunk) {
+  Tile tile;
+  constexpr int kBlocks = kGroup / kLanes;
+  const int states = static_cast<int>(args.states), blocks = blocks_of_group(group, args.channels);
+  vfloat h[kBlocks][kMaxStates], a[kBlocks][kMaxStates];
+  for (int k = 0; k < blocks; ++k) {
+    const int64_t channel = group * kGroup + k * kLanes;
+    const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
+    load_lanes(args.a + channel * states, states, channels, states, kLog2E, a[k]);
+    if (args.initial.data)
+      load_lanes(slot(args.initial, args.slots, sequence, channel), args.initial.channel_stride, channels, states,
+                 1.0f, h[k]);
+    else
+      std::fill_n(h[k], states, vfloat{});
+  }
+  const int64_t row = args.sequences.row(sequence), first = args.sequences.first(sequence);
+  const int64_t length = args.sequences.length(sequence), all_blocks = blocks_of(args.channels);
+  for (int64_t t = 0; t < length; t += kTile) {
+    const int tokens = static_cast<int>(std::min<int64_t>(kTile, length - t));
+    if (args.chunk_states && t % kChunk == 0)
+      for (int k = 0; k < blocks; ++k) {
+        const int64_t at = (first_chunk + t / kChunk) * all_blocks + group * kBlocks + k;
+        std::memcpy(args.chunk_states + at * states * kLanes, h[k], states * sizeof(vfloat));
+      }
+    prepare(args, row, first + t, tokens, group, tile);
+    for (int k = 0; k < blocks; ++k)
+      scan_block_any(tokens, states, tile.dt + k * kLanes, tile.u + k * kLanes, b.at(row, first + t), b.stride(),
+                     c.at(row, first + t), c.stride(), a[k], h[k], tile.y + k * kLanes);
+    finish(args, row, first + t, tokens, group, tile);
+  }
+  for (int k = 0; args.final.data && k < blocks; ++k) {
+    const int64_t channel = group * kGroup + k * kLanes;
+    const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
+    store_lanes(h[k], channels, states, slot(args.final, args.slots, sequence, channel), args.final.channel_stride);
+  }
+}
+
+// One token. Turning the state into lanes of channels and back would cost more than the step, so here the lanes are 16
+// states of one channel, as they lie in memory; N is a multiple of 16.
+void step_group(const ScanArguments& args, const StateRows& b, const StateRows& c, int64_t sequence, int64_t group) {
+  Tile tile;
+  const int64_t row = args.sequences.row(sequence), token = args.sequences.first(sequence);
+  const int64_t states = args.states;
+  prepare(args, row, token, 1, group, tile);
+  const float *b_row = b.at(row, token), *c_row = c.at(row, token);
+  for (int k = 0; k < blocks_of_group(group, args.channels); ++k) {
+    const int64_t channel = group * kGroup + k * kLanes;
+    const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
+    vfloat products[kLanes] = {};
+    for (int i = 0; i < channels; ++i) {
+      const float* a = args.a + (channel + i) * states;
+      const float* from = args.initial.data ? slot(args.initial, args.slots, sequence, channel + i) : nullptr;
+      float* to = args.final.data ? slot(args.final, args.slots, sequence, channel + i) : nullptr;
+      const float dt = tile.dt[k * kLanes + i] * kLog2E, u = tile.u[k * kLanes + i];
+      for (int64_t n = 0; n < states; n += kLanes) {
+        const vfloat before = from ? load(from + n) : vfloat{};
+        const vfloat h = exp2(dt * load(a + n)) * before + u * load(b_row + n);
+        if (to) store(to + n, h);
+        products[i] += h * load(c_row + n);
+      }
+    }
+    store(tile.y + k * kLanes, row_sums(products));
+  }
+  finish(args, row, token, 1, group, tile);
+}
+
+}  // namespace
+
+extern "C" int64_t selective_scan_forward(const void* packed) {
+  const ScanArguments& args = *static_cast<const ScanArguments*>(packed);
+  if (!args.slots.in_range(args.sequences.count)) return kSlotOutOfRange;
+  const StateRows b(args.b, args.sequences, args.states), c(args.c, args.sequences, args.states);
+  const std::vector<int64_t> chunks = first_chunks(args.sequences);
+  const int64_t groups = groups_of(args.channels), items = args.sequences.count * groups;
+  const bool one_step = !args.sequences.starts && args.sequences.padded_length == 1 && args.states % kLanes == 0 &&
+                        !args.chunk_states;
+  const auto run = [&](int64_t item) {
+    const int64_t sequence = item / groups, group = item % groups;
+    if (one_step)
+      step_group(args, b, c, sequence, group);
+    else
+      scan_group(args, b, c, sequence, group, chunks[sequence]);
+  };
+  if (args.threads == 1 || args.sequences.tokens() * args.channels * args.states < kParallelWork) {
+    for (int64_t item = 0; item < items; ++item) run(item);
+  } else {
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(args.threads))
+    for (int64_t item = 0; item < items; ++item) run(item);
+  }
+  return 0;
+}

@@ -1,0 +1,133 @@
+// Sixteen floats side by side, and the few functions of them that the kernels need.
+//
+// `vfloat` is a GCC/Clang vector of 64 bytes: one AVX-512 register, two AVX2 registers or four SSE/NEON ones, as the
+// compiler sees fit. A lane is a channel almost everywhere (the recurrence never mixes channels), so that lanes need no
+// reductions inside the time loop.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int kLanes = 16;
+
+typedef float vfloat __attribute__((vector_size(64)));
+typedef int32_t vint __attribute__((vector_size(64)));
+typedef uint32_t vuint __attribute__((vector_size(64)));
+typedef uint16_t vbfloat16 __attribute__((vector_size(32)));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
+#endif
+
+inline vfloat load(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+
+inline vfloat broadcast(float value) { return vfloat{} + value; }
+
+inline vfloat load(const uint16_t* p) {
+  vbfloat16 narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  return (vfloat)(__builtin_convertvector(narrow, vuint) << 16);
+}
+
+// Rounds to nearest even, as torch does. A NaN keeps its sign and stays a NaN: the rounding could carry it into infinity.
+inline void store(uint16_t* p, vfloat v) {
+  const vuint bits = (vuint)v;
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint nan = (bits >> 16) | 0x40;
+  const vbfloat16 narrow = __builtin_convertvector(v != v ? nan : rounded, vbfloat16);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+// The comparisons are written so that a NaN in `v` passes through.
+inline vfloat at_least(vfloat v, float low) { return v < low ? broadcast(low) : v; }
+inline vfloat at_most(vfloat v, float high) { return v > high ? broadcast(high) : v; }
+
+constexpr float kLog2E = 0x1.715476p+0f;
+constexpr float kLog2ELow = 0x1.4ae0cp-26f;  // log2(e) - kLog2E
+constexpr float kLn2 = 0x1.62e43p-1f;
+
+// 2^(n + r) for the integer n held in the low bits of `shifted` and |r| <= 1/2. The polynomial is the minimax one of
+// degree 6 with p(0) = 1 exactly, so that decays close to 1 carry no bias over long sequences.
+inline vfloat exp2_parts(vfloat shifted, vfloat r) {
+  vfloat p = r * 0x1.41fbbcp-13f + 0x1.5f3e52p-10f;
+  p = p * r + 0x1.3b2d4cp-7f;
+  p = p * r + 0x1.c6aee8p-5f;
+  p = p * r + 0x1.ebfbdcp-3f;
+  p = p * r + 0x1.62e43p-1f;
+  p = p * r + 1.0f;
+  return (vfloat)((vint)p + ((vint)shifted << 23));
+}
+
+// Adding 1.5 * 2^23 leaves round(v) in the low mantissa bits.
+constexpr float kRound = 0x1.8p23f;
+
+// 2^v, within 2 ulp; infinity from v = 128, and no less than 2^-127.
+inline vfloat exp2(vfloat v) {
+  v = at_most(at_least(v, -126.0f), 128.0f);
+  const vfloat shifted = v + kRound;
+  return exp2_parts(shifted, v - (shifted - kRound));
+}
+
+// e^v, within 2 ulp for -87.3 < v < 88.7 and the value at the nearer end outside. The product with log2(e) keeps the
+// bits that exp2(v * log2(e)) would lose for large |v|.
+inline vfloat exp(vfloat v) {
+  v = at_most(at_least(v, -87.3f), 88.7f);
+  const vfloat shifted = v * kLog2E + kRound;
+  const vfloat n = shifted - kRound;
+  const vfloat r = v * kLog2E - n;
+  return exp2_parts(shifted, v * kLog2ELow + r);
+}
+
+inline vfloat sigmoid(vfloat v) { return 1.0f / (1.0f + exp(-v)); }
+inline vfloat silu(vfloat v) { return v / (1.0f + exp(-v)); }
+
+// log(1 + e^v) = max(v, 0) + log1p(e), e = e^-|v|, with log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3: relative error
+// below 2e-7 for every v, where log(1 + e) would lose small e altogether.
+inline vfloat softplus(vfloat v) {
+  const vfloat e = exp(v < 0.0f ? v : -v);
+  const vfloat s = e / (e + 2.0f);
+  const vfloat w = s * s;
+  vfloat p = w * (1.0f / 13) + 1.0f / 11;
+  p = p * w + 1.0f / 9;
+  p = p * w + 1.0f / 7;
+  p = p * w + 1.0f / 5;
+  p = p * w + 1.0f / 3;
+  p = p * w + 1.0f;
+  return at_least(v, 0.0f) + 2.0f * s * p;
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]. Overwrites `rows`. Each step halves the number of vectors:
+// a pair is merged into one vector whose lanes hold partial sums of both.
+inline vfloat row_sums(vfloat* rows) {
+  for (int i = 0; i < 8; ++i) {
+    const vfloat a = rows[i], b = rows[i + 8];
+    rows[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+              SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const vfloat a = rows[i], b = rows[i + 4];
+    rows[i] = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+              SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const vfloat a = rows[i], b = rows[i + 2];
+    rows[i] = SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+              SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  return SHUFFLE(rows[0], rows[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         SHUFFLE(rows[0], rows[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+inline float sum(vfloat v) {
+  float total = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}

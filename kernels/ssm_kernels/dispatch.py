@@ -1,0 +1,104 @@
+"""Which backend computes an op: the one place where that is decided.
+
+"native" (C++ for CPU, fp32 and bf16) where its library builds, else "reference" (plain PyTorch, any device and dtype,
+slow). The choice can be forced with `use_backend(...)` or the environment variable SSM_KERNELS_BACKEND, and
+`backend_report()` says what was chosen last for each op, and why.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ssm_kernels import native
+from ssm_kernels.cpu.library import KERNEL_DTYPES, library
+
+BACKENDS = ("auto", "native", "reference")
+
+_forced = "auto"
+_native_error: str | None = None
+_native_ready = False
+_last: dict[str, tuple[str, str]] = {}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend within a `with` block: "auto", "native" or "reference".
+
+    A forced "native" that cannot run an op makes that op raise ValueError. The choice holds for the whole process.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> bool:
+    """Whether `op` on these tensors runs natively; `limit` says why the native kernel cannot take this call.
+
+    Raises:
+        ValueError: native is forced and cannot run.
+    """
+    if _forced == "reference":
+        _last[op] = ("reference", "forced")
+        return False
+    reason = limit or _unsupported(tensors) or _unavailable()
+    if reason is None:
+        _last[op] = ("native", "CPU tensors in fp32 or bf16")
+        return True
+    if _forced == "native":
+        raise ValueError(f"{op}: expected to run on the forced backend 'native', found that it cannot: {reason}")
+    _last[op] = ("reference", reason)
+    return False
+
+
+def backend_report() -> dict[str, str]:
+    """What is forced, whether the native library works, and the last choice of each op with its reason."""
+    unavailable = _unavailable(warn=False)
+    report = {"forced": _forced, "native": f"unavailable: {unavailable}" if unavailable else "available"}
+    report.update({op: f"{backend} ({reason})" for op, (backend, reason) in _last.items()})
+    return report
+
+
+def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
+            return f"a tensor is on {tensor.device}, the native kernels run on cpu"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"a tensor is {tensor.dtype}, the native kernels take torch.float32 and torch.bfloat16"
+    return None
+
+
+def _unavailable(warn: bool = True) -> str | None:
+    global _native_error, _native_ready
+    if not _native_ready and _native_error is None:
+        try:
+            library()
+            _native_ready = True
+        except native.NativeBuildError as error:
+            _native_error = str(error)
+            warn = warn and _forced == "auto"
+            if warn:
+                warnings.warn(
+                    f"ssm_kernels: the native CPU kernels are unavailable, using the (slow) reference: {error}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+    return _native_error
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    return name
+
+
+_forced = _checked(os.environ.get("SSM_KERNELS_BACKEND", "auto"), "SSM_KERNELS_BACKEND")

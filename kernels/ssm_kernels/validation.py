@@ -1,0 +1,84 @@
+"""Checks of what a caller can get wrong: shapes, dtypes, sequence bounds. Each names what it expected and found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is not None and tensor.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, found {tuple(tensor.shape)}")
+
+
+def check_dims(name: str, tensor: Tensor, layout: str, dims: int) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions {layout}, found shape {tuple(tensor.shape)}")
+
+
+def check_dtype(name: str, tensor: Tensor | None, expected: torch.dtype) -> None:
+    if tensor is not None and tensor.dtype is not expected:
+        raise ValueError(f"{name}: expected {expected}, found {tensor.dtype}")
+
+
+def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int] | None:
+    """Check `cu_seqlens` [S + 1] against x [batch, length, ...] and return it as a list; None for padded batches."""
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INDEX_DTYPES:
+        raise ValueError(
+            f"cu_seqlens: expected one dimension of int32 or int64, found shape {tuple(cu_seqlens.shape)} of "
+            f"{cu_seqlens.dtype}"
+        )
+    if batch != 1:
+        raise ValueError(f"x: expected batch 1 with cu_seqlens (packed sequences), found {batch}")
+    starts = cu_seqlens.tolist()
+    if not starts or starts[0] != 0 or starts[-1] != length or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to the {length} tokens of x, found {starts}")
+    return starts
+
+
+def check_states(
+    name: str, state: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype, state_indices: Tensor | None
+) -> None:
+    """Check a state [sequences, ...], or with `state_indices` a pool [slots, ...]. Bounds are checked by the backend."""
+    if state_indices is not None:
+        if state is None:
+            raise ValueError(f"state_indices: expected {name} to be a pool of states, found None")
+        if state_indices.dtype not in _INDEX_DTYPES or state_indices.shape != shape[:1]:
+            raise ValueError(
+                f"state_indices: expected int32 or int64 of shape {shape[:1]}, found {state_indices.dtype} of shape "
+                f"{tuple(state_indices.shape)}"
+            )
+        if state.dim() != 3 or state.shape[1:] != shape[1:]:
+            raise ValueError(f"{name}: expected a pool [slots, {shape[1]}, {shape[2]}], found {tuple(state.shape)}")
+    else:
+        check_shape(name, state, shape)
+    check_dtype(name, state, dtype)
+
+
+def check_slots(state_indices: Tensor, slots: int) -> None:
+    """Bounds of state_indices, for backends that do not check them themselves."""
+    found = state_indices.tolist()
+    if any(not 0 <= slot < slots for slot in found):
+        raise ValueError(f"state_indices: expected slots in [0, {slots}), found {min(found)} to {max(found)}")
+
+
+def check_in_place(name: str, state: Tensor) -> None:
+    # A dimension of size 1 may have any stride.
+    if state.stride(-1) != 1 and state.shape[-1] > 1:
+        raise ValueError(f"{name}: expected unit stride in the last dimension, found strides {state.stride()}")
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    if wants_grad(*tensors):
+        raise ValueError(
+            f"{op}: expected no gradients where a state is updated in place, found an input that requires grad; "
+            "run it under torch.no_grad()"
+        )

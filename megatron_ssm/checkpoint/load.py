@@ -1,0 +1,102 @@
+"""Fills a rank's parameters from slices of a checkpoint: the layout table says which.
+
+A model never has to fit one rank: its parameters start on the meta device, and the largest thing in flight is one
+piece of one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from megatron_ssm.layout import ParameterLayout
+
+
+class TensorSource(Protocol):
+    """Where parameters come from: a checkpoint directory or a model in memory."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def read(self, name: str, dim: int | None, part: slice | None) -> torch.Tensor: ...
+    def verify(self, rank: int, ranks: int) -> None: ...
+    def where(self, name: str) -> str: ...
+    def close(self) -> None: ...
+
+
+def load_parameters(
+    model: nn.Module,
+    table: Mapping[str, ParameterLayout],
+    source: TensorSource,
+    *,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    ignored: Iterable[str] = (),
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Give every parameter of the table its data: this rank's piece, in the parameter's own dtype.
+
+    Args:
+        model: its parameters carry the names of the table and may lie on the meta device.
+        table: the layout of each parameter.
+        source: whole tensors, by the same names.
+        rank, ranks: which piece.
+        device: where the parameters shall lie.
+        ignored: names that the source may hold beside the table's.
+        progress: wraps the iteration over the table.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape, damaged or not finite; names it and its file.
+    """
+    _check_shapes(table, source, set(ignored))
+    source.verify(rank, ranks)
+    parameters = dict(model.named_parameters())
+    missing = sorted(set(table) - set(parameters))
+    assert not missing, f"the model has no parameters {missing}"
+    for name in progress(table):
+        piece = _read_piece(name, table[name], source, rank, ranks, parameters[name].dtype)
+        _set_parameter(model, name, piece.to(device))
+
+
+def _check_shapes(table: Mapping[str, ParameterLayout], source: TensorSource, ignored: set[str]) -> None:
+    shapes = source.shapes()
+    for name, layout in table.items():
+        if name not in shapes:
+            raise ValueError(f"checkpoint: expected a tensor {name} of shape {list(layout.shape)}, found none")
+        if shapes[name] != layout.shape:
+            raise ValueError(
+                f"{source.where(name)}: tensor {name}: expected shape {list(layout.shape)}, found {list(shapes[name])}"
+            )
+    unknown = sorted(set(shapes) - set(table) - ignored)
+    if unknown:
+        raise ValueError(
+            f"{source.where(unknown[0])}: tensor {unknown[0]} is not part of the model that config.json describes "
+            f"({len(unknown)} such tensors)"
+        )
+
+
+def _read_piece(
+    name: str, layout: ParameterLayout, source: TensorSource, rank: int, ranks: int, dtype: torch.dtype
+) -> torch.Tensor:
+    piece = torch.zeros(layout.local_shape(ranks), dtype=dtype)
+    if layout.dim is None:
+        piece.copy_(source.read(name, None, None))
+    else:
+        for part, target in layout.ranges(rank, ranks):
+            piece.narrow(layout.dim, target.start, target.stop - target.start).copy_(
+                source.read(name, layout.dim, part)
+            )
+    if piece.numel() and not all(bound.isfinite() for bound in torch.aminmax(piece)):
+        raise ValueError(f"{source.where(name)}: tensor {name} holds NaN or infinite values (damaged?)")
+    return piece
+
+
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    old = getattr(owner, leaf)
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    setattr(owner, leaf, new)

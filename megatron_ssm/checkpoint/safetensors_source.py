@@ -1,0 +1,122 @@
+"""Sliced reading of safetensors checkpoints: a rank maps the files and copies out its own pieces, nothing else.
+
+A checkpoint is one `model.safetensors`, or several named by `model.safetensors.index.json`. Files that we write carry
+a CRC-32 of every tensor in their metadata; where it is there, loading verifies it, each rank its share of the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CHECKSUMS = "crc32"
+
+
+class SafetensorsSource:
+    """The tensors of a checkpoint directory, by name on disk.
+
+    Args:
+        directory: of a Hugging Face model.
+        renames: older names on disk -> the names to call them.
+
+    Raises:
+        ValueError: there is no checkpoint, it is pickled, or a file is damaged; the message names the file.
+    """
+
+    def __init__(self, directory: Path, renames: Mapping[str, str] | None = None):
+        self.directory = Path(directory)
+        self._files = {}
+        self._holder: dict[str, str] = {}  # name -> file
+        self._name_on_disk: dict[str, str] = {}
+        renames = renames or {}
+        for file in self._find_files():
+            self._files[file] = self._open(file)
+            for stored in self._files[file].keys():  # noqa: SIM118 (not a dict)
+                name = renames.get(stored, stored)
+                self._holder[name] = file
+                self._name_on_disk[name] = stored
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return {name: tuple(self._slice(name).get_shape()) for name in self._holder}
+
+    def read(self, name: str, dim: int | None, part: slice | None) -> torch.Tensor:
+        """The tensor, or its `part` along `dim`; only those bytes are read."""
+        index = (part,) if dim == 0 else (slice(None),) * (dim or 0) + ((part,) if dim is not None else ())
+        try:
+            return self._slice(name)[index or slice(None)]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.where(name)}: cannot read tensor {name}: {error}") from error
+
+    def verify(self, rank: int, ranks: int) -> None:
+        """Check the CRC-32 of this rank's share of the tensors, in files that carry them.
+
+        Raises:
+            ValueError: a tensor's bytes are not those that were written; names the file and the tensor.
+        """
+        for index, name in enumerate(sorted(self._holder)):
+            if index % ranks != rank:
+                continue
+            file, stored = self._holder[name], self._name_on_disk[name]
+            expected = json.loads((self._files[file].metadata() or {}).get(CHECKSUMS, "{}")).get(stored)
+            if expected is not None and _checksum(self._files[file].get_tensor(stored)) != expected:
+                raise ValueError(f"{self.where(name)}: tensor {stored} is damaged: its checksum does not match")
+
+    def where(self, name: str) -> str:
+        """For messages: the file that holds the tensor."""
+        return str(self.directory / self._holder[name])
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+        self._files = {}
+
+    def _slice(self, name: str):
+        return self._files[self._holder[name]].get_slice(self._name_on_disk[name])
+
+    def _open(self, file: str):
+        path = self.directory / file
+        if not path.is_file():
+            raise ValueError(f"{self.directory / INDEX} names {file}, which is not there")
+        try:
+            return safe_open(path, framework="pt", device="cpu").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from error
+
+    def _find_files(self) -> list[str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            try:
+                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+        if (self.directory / SINGLE).is_file():
+            return [SINGLE]
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.directory.glob(pattern))
+        if pickled:
+            raise ValueError(
+                f"{self.directory} holds pickled weights only ({pickled[0]}); they can run code when loaded and are "
+                f"refused. Convert them once, where you trust them: AutoModelForCausalLM.from_pretrained("
+                f"{str(self.directory)!r}).save_pretrained(NEW_DIRECTORY) writes safetensors"
+            )
+        raise ValueError(f"{self.directory} holds no checkpoint: expected {SINGLE} or {INDEX}")
+
+
+def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that carries a CRC-32 of every tensor."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())

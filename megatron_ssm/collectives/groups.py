@@ -1,0 +1,147 @@
+"""Process groups of a launch: consecutive ranks hold the shards of one model, further such groups are replicas of it.
+
+    world ranks    0 1 2 3 4 5 6 7          tensor_size = 4: two replicas
+    tensor ranks   0 1 2 3 0 1 2 3
+
+Groups are handed on as an object, never kept in a module global.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ssm.collectives.host import host_identity
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+# torchrun's and DeepSpeed's names for the same number.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Where this rank stands.
+
+    Attributes:
+        tensor_group: the ranks of this rank's replica; None where a replica is one rank.
+        tensor_rank: this rank's number in it.
+        tensor_size: the number of ranks that hold one model, T.
+        replica: which data-parallel copy of the model this rank belongs to.
+        replicas: the number of copies.
+    """
+
+    tensor_group: dist.ProcessGroup | None
+    tensor_rank: int
+    tensor_size: int
+    replica: int
+    replicas: int
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks in the launch."""
+        return self.tensor_size * self.replicas
+
+    def gather_objects(self, obj: Any) -> list[Any] | None:
+        """Bring one picklable object of each replica, that of its first rank, to the first rank of all.
+
+        Every rank calls this.
+
+        Returns:
+            on the first rank a list by replica; None on the others.
+        """
+        if self.world_size == 1:
+            return [obj]
+        is_first = self.replica == 0 and self.tensor_rank == 0
+        gathered = [None] * self.world_size if is_first else None
+        dist.gather_object(obj if self.tensor_rank == 0 else None, gathered, dst=0)
+        return gathered[:: self.tensor_size] if gathered is not None else None
+
+    def local_ranks(self) -> int:
+        """How many ranks share this host: the launcher's word, else every rank is asked. All of them call this."""
+        if self.world_size == 1:
+            return 1
+        for name in _LOCAL_SIZES:
+            if name in os.environ:
+                return int(os.environ[name])
+        hosts = [None] * self.world_size
+        dist.all_gather_object(hosts, host_identity())
+        return hosts.count(host_identity())
+
+
+def init_groups(
+    tensor_size: int | None = None, device: str = "cpu", timeout: float = DEFAULT_TIMEOUT_SECONDS
+) -> ParallelGroups:
+    """Set up the process groups of this launch. Every rank calls this.
+
+    torch.distributed is initialised if a launcher has set RANK, WORLD_SIZE and MASTER_ADDR and nobody has done so yet
+    (gloo for the CPU; nccl on the GPU numbered LOCAL_RANK), and used as it is if somebody has.
+
+    Args:
+        tensor_size: the number of ranks that hold one model; None for all ranks.
+        device: "cpu" or "cuda".
+        timeout: seconds that torch.distributed waits in a collective.
+
+    Raises:
+        ValueError: the world size is not a multiple of `tensor_size`, or the device is unknown.
+    """
+    device_type = torch.device(device).type
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, found {device}")
+    world_size = _world_size(os.environ)
+    tensor_size = world_size if tensor_size is None else tensor_size
+    # Before the first collective, so that every rank raises.
+    if tensor_size < 1 or world_size % tensor_size:
+        raise ValueError(
+            f"tensor-parallel size: expected a divisor of the world size {world_size}, found {tensor_size}"
+            + ("; start the program with deepspeed or torchrun for more ranks" if world_size == 1 else "")
+        )
+    if not dist.is_initialized():
+        if not _is_launched(os.environ):
+            return ParallelGroups(None, tensor_rank=0, tensor_size=1, replica=0, replicas=1)
+        _init_process_group(device_type, timeout)
+    replica, tensor_rank = divmod(dist.get_rank(), tensor_size)
+    return ParallelGroups(
+        _tensor_group(tensor_size, replica, timeout), tensor_rank, tensor_size, replica, world_size // tensor_size
+    )
+
+
+def _is_launched(environment: Mapping[str, str]) -> bool:
+    return all(name in environment for name in _LAUNCHED)
+
+
+def _world_size(environment: Mapping[str, str]) -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(environment["WORLD_SIZE"]) if _is_launched(environment) else 1
+
+
+def _init_process_group(device_type: str, timeout: float) -> None:
+    if device_type == "cpu":
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        return
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", timeout=timedelta(seconds=timeout), device_id=device)
+
+
+def _tensor_group(tensor_size: int, own_replica: int, timeout: float) -> dist.ProcessGroup | None:
+    if tensor_size == 1:
+        return None
+    world_size = dist.get_world_size()
+    if tensor_size == world_size:
+        return dist.group.WORLD
+    own = None
+    # Every rank takes part in making every group, in the same order.
+    for replica in range(world_size // tensor_size):
+        ranks = list(range(replica * tensor_size, (replica + 1) * tensor_size))
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+        if replica == own_replica:
+            own = group
+    return own

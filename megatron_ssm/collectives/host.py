@@ -1,0 +1,17 @@
+"""Which host a process runs on, in a form that processes can compare."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from pathlib import Path
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def host_identity() -> str:
+    """A text that is the same for all processes of one host, containers on it included, and differs between hosts."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return f"{socket.gethostname()}-{uuid.getnode():x}"

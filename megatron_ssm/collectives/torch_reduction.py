@@ -1,0 +1,94 @@
+"""The two plain implementations of the seam: no other rank at all, and torch.distributed over any backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ssm.collectives.reduction import ALL_GATHER, DoneHandle, Handle, Reduction, Site, Traffic
+
+
+class LocalReduction(Reduction):
+    """One rank: every sum is its only partial, the very tensor passed in. Nothing is handed over or counted."""
+
+    def __init__(self, reason: str = "one rank") -> None:
+        super().__init__(rank=0, size=1, reason=reason)
+
+    def start(self, partial: Tensor, site: Site) -> Handle:
+        return DoneHandle(partial)
+
+    def reduce(self, partial: Tensor, site: Site) -> Tensor:
+        return partial
+
+    def copy_to_ranks(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def exchange(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+    def _start(self, partial: Tensor, site: Site) -> Handle:
+        return DoneHandle(partial)
+
+    def _all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor
+
+
+class TorchReduction(Reduction):
+    """Reductions by torch.distributed. Sums are made in the tensor's own dtype, in the backend's order.
+
+    Args:
+        group: the tensor-parallel process group; its own time-out holds.
+        reason: why this implementation was chosen.
+        traffic: counters to share with another reduction.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, reason: str = "torch.distributed", traffic: Traffic | None = None
+    ) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, traffic)
+        self._group = group
+
+    def exchange(self, value: Any) -> list[Any]:
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(self._group)
+
+    def _start(self, partial: Tensor, site: Site) -> Handle:
+        # A copy, because the backend sums in place.
+        buffer = partial.detach().clone(memory_format=torch.contiguous_format)
+        if buffer.numel() == 0:
+            return DoneHandle(buffer)
+        self.traffic.record(site.name, buffer.nbytes)
+        return _TorchHandle(dist.all_reduce(buffer, group=self._group, async_op=True), buffer)
+
+    def _all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        source = tensor.detach().contiguous()
+        if source.numel() == 0:
+            return torch.cat([source] * self.size, dim)
+        self.traffic.record(ALL_GATHER.name, source.nbytes)
+        # As bytes: gloo refuses several dtypes that a gather has no reason to look at.
+        payload = source.reshape(-1).view(torch.uint8)
+        payloads = [torch.empty_like(payload) for _ in range(self.size)]
+        dist.all_gather(payloads, payload, group=self._group)
+        return torch.cat([payload.view(source.dtype).reshape(source.shape) for payload in payloads], dim)
+
+
+class _TorchHandle(Handle):
+    def __init__(self, work: dist.Work, buffer: Tensor) -> None:
+        self._work: dist.Work | None = work
+        self._buffer = buffer
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._buffer

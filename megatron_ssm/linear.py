@@ -1,0 +1,126 @@
+"""Linear layers and the embedding, cut across ranks: megatron-core's, without a collective inside.
+
+Each returns what this rank can compute alone. Whoever calls it decides when to reduce, and through what: the mixers
+by `megatron_ssm.collectives`. A rank group of None means that one rank holds everything.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+from megatron_ssm.collectives import EMBEDDING, Reduction
+from megatron_ssm.layout import ParameterLayout
+
+
+def _megatron_config(dtype: torch.dtype) -> ModelParallelConfig:
+    # Parameters stay uninitialised: they are filled from a checkpoint, on the device that the caller chose.
+    return ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype)
+
+
+class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+    """y = x Wᵀ + b with the rows of W cut: the output is this rank's piece, the input is whole.
+
+    Args:
+        layout: of the weight; its segments are what `split` cuts the output into.
+        bias: whether there is one.
+        reduction: the ranks that share the layer.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, layout: ParameterLayout, *, bias: bool, reduction: Reduction, dtype: torch.dtype):
+        super().__init__(
+            input_size=layout.shape[1],
+            output_size=layout.local_shape(reduction.size)[0] * reduction.size,
+            config=_megatron_config(dtype),
+            init_method=None,
+            bias=bias,
+            tp_group=reduction.group,
+        )
+        self.segments = tuple(layout.local_segments(reduction.size).values())
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., rows of this rank]."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of an output, one a segment of the layout, in its order."""
+        return tuple(output[..., segment] for segment in self.segments)
+
+
+class RowParallelLinear(tensor_parallel.RowParallelLinear):
+    """y = x Wᵀ with the columns of W cut: input and weight are this rank's piece, the output is a partial sum.
+
+    The bias, where there is one, is whole on every rank and not added here: it belongs after the reduction.
+    """
+
+    def __init__(self, layout: ParameterLayout, *, bias: bool, reduction: Reduction, dtype: torch.dtype):
+        super().__init__(
+            input_size=layout.shape[1],
+            output_size=layout.shape[0],
+            config=_megatron_config(dtype),
+            init_method=None,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=reduction.group,
+        )
+
+    def forward(self, piece: torch.Tensor) -> torch.Tensor:
+        """[..., I/T] -> this rank's partial sum [..., D]."""
+        return F.linear(piece, self.weight)
+
+
+class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """Embedding with the vocabulary cut over the ranks; the vocabulary is padded where they do not divide it."""
+
+    def __init__(self, layout: ParameterLayout, *, reduction: Reduction, dtype: torch.dtype):
+        rows, hidden = layout.local_shape(reduction.size)
+        super().__init__(
+            num_embeddings=rows * reduction.size,
+            embedding_dim=hidden,
+            init_method=None,
+            config=_megatron_config(dtype),
+            tp_group=reduction.group,
+        )
+        self.reduction = reduction
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, L] ids, all within the vocabulary -> [B, L, D], whole on every rank."""
+        if self.reduction.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.vocab_start_index
+        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
+        partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.reduction.reduce(partial.masked_fill(elsewhere.unsqueeze(-1), 0), EMBEDDING)
+
+
+class VocabParallelHead(ColumnParallelLinear):
+    """The language model head: logits, with the vocabulary cut over the ranks."""
+
+    def __init__(self, layout: ParameterLayout, *, reduction: Reduction, dtype: torch.dtype):
+        super().__init__(layout, bias=False, reduction=reduction, dtype=dtype)
+        self.vocab_size = layout.shape[0]
+        self.vocab_start = reduction.rank * self.output_size_per_partition
+        self.reduction = reduction
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> logits over the whole vocabulary [..., V], the same bits on every rank."""
+        return self.gather(self.local_logits(hidden))
+
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> this rank's logits [..., V/T]; ids that only pad the vocabulary get −inf."""
+        logits = F.linear(self.reduction.copy_to_ranks(hidden), self.weight)
+        real = self.vocab_size - self.vocab_start
+        if real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+            logits = logits.masked_fill(padding, float("-inf"))
+        return logits
+
+    def gather(self, local_logits: torch.Tensor) -> torch.Tensor:
+        """Every rank's logits side by side, without the padding: [..., V]."""
+        if self.reduction.size == 1:
+            return local_logits
+        return self.reduction.all_gather(local_logits, dim=-1)[..., : self.vocab_size]

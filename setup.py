@@ -1,0 +1,57 @@
+"""Packaging: three import packages from one repository (see ARCHITECTURE in README.md).
+
+`kernels/` is a plain folder, never a package: a module importable as `kernels` would be picked up by
+transformers, which probes for one of that name. Presets and the demo model travel as package data.
+"""
+
+from setuptools import setup
+
+setup(
+    name="megatron-ssm",
+    version="0.1.0",
+    description="Tensor-parallel selective state-space language models on Megatron-core and DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "ssm_kernels",
+        "ssm_kernels.reference",
+        "ssm_kernels.cpu",
+        "megatron_ssm",
+        "megatron_ssm.families",
+        "megatron_ssm.mixers",
+        "megatron_ssm.collectives",
+        "megatron_ssm.checkpoint",
+        "deepspeed_inference",
+        "deepspeed_inference.presets",
+        "deepspeed_inference.demo",
+    ],
+    package_dir={
+        "ssm_kernels": "kernels/ssm_kernels",
+        "deepspeed_inference.presets": "configs",
+        "deepspeed_inference.demo": "checkpoints/demo",
+    },
+    package_data={
+        "ssm_kernels": ["csrc/*.cpp", "csrc/*.h"],
+        "megatron_ssm.collectives": ["csrc/*.cpp"],
+        "deepspeed_inference.presets": ["*.yaml"],
+        "deepspeed_inference.demo": ["*.json", "*.safetensors", "*.md"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "transformers>=5.17",
+        "megatron-core>=0.16",
+        "deepspeed>=0.19",
+        "einops",
+        "safetensors",
+        "filelock",
+        "pyyaml",
+        "tqdm",
+        "psutil",
+    ],
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff"],
+        "tools": ["matplotlib"],
+    },
+    entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.cli:main"]},
+)
