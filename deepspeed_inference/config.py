@@ -36,9 +36,15 @@ def option(default, help: str, **argparse_keywords):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorParallelConfig:
-    """How many ranks share one model; None means all that were launched. Fewer make data-parallel replicas."""
+    """Which ranks share one model.
+
+    Args:
+        tp_size: how many; None means all that were launched. Fewer make data-parallel replicas.
+        tp_group: a process group that is there already, to be used as it is.
+    """
 
     tp_size: int | None = None
+    tp_group: object = None
 
     def __post_init__(self):
         if self.tp_size is not None and (not isinstance(self.tp_size, int) or self.tp_size < 1):
@@ -179,10 +185,11 @@ def _tensor_parallel(value) -> TensorParallelConfig:
     if isinstance(value, TensorParallelConfig):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"tensor_parallel: expected {{'tp_size': N}}, found {value!r}")
-    unknown = sorted(set(value) - {"tp_size"})
+        raise ValueError(f"tensor_parallel: expected a mapping like {{'tp_size': 2}}, found {value!r}")
+    known = [item.name for item in fields(TensorParallelConfig)]
+    unknown = sorted(set(value) - set(known))
     if unknown:
-        raise ValueError(f"tensor_parallel: unknown keys {unknown}; known are ['tp_size']")
+        raise ValueError(f"tensor_parallel: unknown keys {unknown}; known are {known}")
     return TensorParallelConfig(**value)
 
 

@@ -27,6 +27,7 @@ class SSMInferenceContext(Cache):
         device: where it lies.
     """
 
+    @torch.inference_mode(False)  # state is ordinary memory, whoever makes or moves it
     def __init__(
         self,
         family: Family,
@@ -67,6 +68,7 @@ class SSMInferenceContext(Cache):
         self._check_alive()
         return self._states[index]
 
+    @torch.inference_mode(False)
     def advance(self, tokens: int | torch.Tensor) -> None:
         """Note that every sequence went on by `tokens`, one number or one a row."""
         self.positions = self.positions + tokens
@@ -76,6 +78,7 @@ class SSMInferenceContext(Cache):
         self._check_alive()
         return self._conv.nbytes + self._ssm.nbytes
 
+    @torch.inference_mode(False)
     def reorder(self, index: torch.Tensor) -> None:
         """Make row i what row index[i] was; rows may repeat, and their number may change.
 
@@ -92,6 +95,7 @@ class SSMInferenceContext(Cache):
         there = rows.to(self._ssm.device)
         self._adopt(self._conv.index_select(1, there), self._ssm.index_select(1, there), self.positions[rows])
 
+    @torch.inference_mode(False)
     def fork(self) -> SSMInferenceContext:
         """A copy that goes its own way from here."""
         self._check_alive()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from megatron_ssm.collectives import ParallelGroups, Reduction, init_groups, mak
 from megatron_ssm.families import Family, family_of
 
 
+@torch.inference_mode(False)  # parameters are ordinary tensors, wherever the caller makes the engine
 def init_inference(
     model: str | Path | PreTrainedModel | None = None,
     config: InferenceConfig | dict | str | Path | None = None,
@@ -46,9 +48,8 @@ def init_inference(
     """
     options = _options(model, config, keywords)
     device = _device(options.device)
-    groups = init_groups(options.tensor_parallel.tp_size, device.type, options.reduction_timeout)
-    _set_threads(options.threads, groups, device)
-    ssm_kernels.set_backend(options.kernels)
+    groups = _groups(options, device)
+    _set_threads(options, groups, device)
     reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
     error = None
     try:
@@ -63,7 +64,7 @@ def init_inference(
 
     policy.inject(module, family, source, reduction=reduction, dtype=dtype, device=device, progress=progress)
     source.close()
-    return SSMInferenceEngine(module, family, reduction=reduction, groups=groups, dtype=dtype)
+    return SSMInferenceEngine(module, family, reduction=reduction, groups=groups, dtype=dtype, kernels=options.kernels)
 
 
 class SSMInferenceEngine(InferenceEngine):
@@ -75,6 +76,7 @@ class SSMInferenceEngine(InferenceEngine):
         reduction: the ranks that share it.
         groups: where this rank stands among all.
         dtype: the model runs in.
+        kernels: the backend of ssm_kernels.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class SSMInferenceEngine(InferenceEngine):
         reduction: Reduction,
         groups: ParallelGroups,
         dtype: torch.dtype,
+        kernels: str = "auto",
     ):
         # DeepSpeed is told of one rank: the model is already cut, and every collective is ours.
         known = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
@@ -96,6 +99,7 @@ class SSMInferenceEngine(InferenceEngine):
         self.reduction = reduction
         self.groups = groups
         self.dtype = dtype
+        self._kernels = kernels
         self.head = policy.head_module(model, family)
         self._embedding = policy.embedding_module(model, family)
         self._norm = policy.norm_module(model, family)
@@ -122,7 +126,8 @@ class SSMInferenceEngine(InferenceEngine):
         """Hugging Face's forward over the injected modules: `.logits` is [B, L, vocab], the same on every rank."""
         if input_ids is not None:
             self._check_ids(input_ids)
-        return super().forward(input_ids, *arguments, **keywords)
+        with self._backend():
+            return super().forward(input_ids, *arguments, **keywords)
 
     @torch.inference_mode()
     def prefill(
@@ -165,9 +170,7 @@ class SSMInferenceEngine(InferenceEngine):
         return self._logits(output, residual, gather_logits)
 
     @torch.inference_mode()
-    def decode(
-        self, token_ids: torch.Tensor, context: SSMInferenceContext, gather_logits: bool = True
-    ) -> torch.Tensor:
+    def decode(self, token_ids: torch.Tensor, context: SSMInferenceContext, gather_logits: bool = True) -> torch.Tensor:
         """Take one more token of every sequence.
 
         Args:
@@ -204,7 +207,8 @@ class SSMInferenceEngine(InferenceEngine):
 
         Args:
             input_ids: [B, L] ids.
-            attention_mask: [B, L], 0 where a token is padding, at either side.
+            attention_mask: [B, L], 0 where a token is padding, at either side. Without it the model's padding id
+                counts as padding at the ends of a row, unless that id also ends a text, as in transformers.
             max_new_tokens: how many tokens at most.
             do_sample: sample; otherwise the likeliest token is taken.
             temperature, top_k, top_p, seed: as Sampling has them, used where `do_sample` is set.
@@ -214,9 +218,11 @@ class SSMInferenceEngine(InferenceEngine):
             [B, L + new] ids; rows that ended early are filled with the model's padding id.
         """
         self._check_ids(input_ids)
+        ends = self.eos_token_ids if eos_token_id is None else _id_set(eos_token_id)
+        if attention_mask is None:
+            attention_mask = _mask_of_padding(input_ids, self.module.generation_config.pad_token_id, ends)
         packed, lengths = _left_aligned(input_ids, attention_mask)
         sampling = Sampling(temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p, seed=seed)
-        ends = self.eos_token_ids if eos_token_id is None else _id_set(eos_token_id)
         steps = stream(
             self,
             packed,
@@ -241,16 +247,21 @@ class SSMInferenceEngine(InferenceEngine):
         self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = self._embedding(ids), None
-        for index, block in enumerate(self._blocks):
-            hidden, residual = block.step(hidden, residual, context.layer(index), cu_seqlens)
+        with self._backend():
+            for index, block in enumerate(self._blocks):
+                hidden, residual = block.step(hidden, residual, context.layer(index), cu_seqlens)
         return hidden, residual
 
     def _logits(self, output: torch.Tensor, residual: torch.Tensor, gather: bool) -> torch.Tensor:
-        normed, _ = self._norm.add(output, residual, residual.dtype)
+        with self._backend():
+            normed, _ = self._norm.add(output, residual, residual.dtype)
         logits = self.head.local_logits(normed)
         if gather:
             logits = self.head.gather(logits)
         return logits.to(torch.promote_types(self.dtype, torch.float32))
+
+    def _backend(self):
+        return nullcontext() if self._kernels == "auto" else ssm_kernels.use_backend(self._kernels)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
@@ -305,12 +316,22 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _set_threads(threads: int | None, groups: ParallelGroups, device: torch.device) -> None:
-    # Ranks on one host share its cores; torchrun sets OMP_NUM_THREADS by itself, so that says nothing of the user.
+def _groups(options: InferenceConfig, device: torch.device) -> ParallelGroups:
+    group = options.tensor_parallel.tp_group
+    if group is not None:
+        return ParallelGroups.of(group, options.tensor_parallel.tp_size)
+    return init_groups(options.tensor_parallel.tp_size, device.type, options.reduction_timeout)
+
+
+def _set_threads(options: InferenceConfig, groups: ParallelGroups, device: torch.device) -> None:
+    threads = options.threads
     if threads is None:
-        ranks = groups.local_ranks()
+        if options.tensor_parallel.tp_group is not None or device.type != "cpu":
+            return  # whoever made the group looks after its processes
+        # Ranks on one host share its cores. torchrun sets OMP_NUM_THREADS by itself: it says nothing of the user.
         chosen = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-        if ranks == 1 or chosen or device.type != "cpu":
+        ranks = groups.local_ranks()
+        if ranks == 1 or chosen:
             return
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     torch.set_num_threads(threads)
@@ -332,6 +353,16 @@ def _left_aligned(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
         raise ValueError(f"attention_mask: expected shape {list(ids.shape)}, found {list(mask.shape)}")
     order = mask.bool().logical_not().to(torch.int8).argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.bool().sum(dim=1)
+
+
+def _mask_of_padding(ids: torch.Tensor, padding: int | None, ends: Collection[int]) -> torch.Tensor | None:
+    if padding is None or padding in ends:
+        return None
+    real = ids != padding
+    before = real.cummax(dim=1).values
+    after = real.flip(1).cummax(dim=1).values.flip(1)
+    mask = before & after
+    return mask if mask.any(dim=1).all() else None  # a row of nothing but padding is taken at its word
 
 
 def _id_set(ids: int | Collection[int] | None) -> frozenset[int]:

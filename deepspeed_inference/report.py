@@ -73,7 +73,10 @@ def table(summary: dict) -> str:
 
     resident = " / ".join(f"{value:,.0f}" for value in summary["resident_mb_per_rank"])
     rows = [
-        ("ranks", f"{summary['ranks']} × {summary['replicas']} replicas" if summary["replicas"] > 1 else summary["ranks"]),
+        (
+            "ranks",
+            f"{summary['ranks']} × {summary['replicas']} replicas" if summary["replicas"] > 1 else summary["ranks"],
+        ),
         ("reduction", summary["reduction"]),
         ("time to first token", number("ttft_ms", "ms")),
         ("time a token", number("ms_per_token", "ms", 2)),

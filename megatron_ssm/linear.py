@@ -39,7 +39,8 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
             bias=bias,
             tp_group=reduction.group,
         )
-        self.segments = tuple(layout.local_segments(reduction.size).values())
+        pieces = layout.local_segments(reduction.size).values()
+        self.segment_sizes = [piece.stop - piece.start for piece in pieces]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., rows of this rank]."""
@@ -47,7 +48,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views of an output, one a segment of the layout, in its order."""
-        return tuple(output[..., segment] for segment in self.segments)
+        return output.split(self.segment_sizes, dim=-1)
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):

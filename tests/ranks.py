@@ -122,13 +122,12 @@ def launch_ranks(
     else:
         call = f"import {target.__module__} as module; module.{target.__qualname__}()"
         command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {call}", *args]
-    master = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launch = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **launch, **(env or {})}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(size)]
         processes = [
-            _launch(
-                command, {**os.environ, **master, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})}, *paths
-            )
+            _launch(command, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *paths)
             for rank, paths in enumerate(outputs)
         ]
         late = _await_processes(processes, timeout)

@@ -56,8 +56,8 @@ def tiny_checkpoint(variant: str = "mamba", seed: int = 0, shard_size: str = "5G
 
 
 def random_ids(rows: int, length: int, seed: int = 1, vocab: int = SHAPE["vocab_size"]) -> torch.Tensor:
-    """[rows, length] token ids."""
-    return torch.randint(0, vocab - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """[rows, length] token ids, without the padding id and the one that ends a text."""
+    return torch.randint(1, vocab - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -43,7 +43,7 @@ def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[
 def check_states(
     name: str, state: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype, state_indices: Tensor | None
 ) -> None:
-    """Check a state [sequences, ...], or with `state_indices` a pool [slots, ...]. Bounds are checked by the backend."""
+    """Check a state [sequences, ...], or with `state_indices` a pool [slots, ...]. Backends check bounds."""
     if state_indices is not None:
         if state is None:
             raise ValueError(f"state_indices: expected {name} to be a pool of states, found None")

@@ -8,7 +8,9 @@ Groups are handed on as an object, never kept in a module global.
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from megatron_ssm.collectives.host import host_identity
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
+_FAREWELL_SECONDS = 0.1
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 # torchrun's and DeepSpeed's names for the same number.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -42,6 +45,18 @@ class ParallelGroups:
     tensor_size: int
     replica: int
     replicas: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, size: int | None = None) -> ParallelGroups:
+        """One replica whose ranks are those of a group that somebody else made.
+
+        Raises:
+            ValueError: the group has not `size` ranks.
+        """
+        found = dist.get_world_size(group)
+        if size not in (None, found):
+            raise ValueError(f"tensor-parallel size: expected that of the group, {found}, found {size}")
+        return cls(group if found > 1 else None, dist.get_rank(group), found, replica=0, replicas=1)
 
     @property
     def world_size(self) -> int:
@@ -125,6 +140,9 @@ def _world_size(environment: Mapping[str, str]) -> int:
 def _init_process_group(device_type: str, timeout: float) -> None:
     if device_type == "cpu":
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        # gloo's threads take the interpreter's lock to drop the tensor of the last operation. One that tries so while
+        # the interpreter ends aborts the process, and destroying the group does not end them: let them do it now.
+        atexit.register(time.sleep, _FAREWELL_SECONDS)
         return
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

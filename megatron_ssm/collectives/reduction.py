@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Traffic:
 class Handle(ABC):
     """A reduction under way."""
 
+    __slots__ = ()
+
     @abstractmethod
     def wait(self) -> Tensor:
         """The sum over the ranks. Every call returns the same tensor."""
@@ -104,9 +107,13 @@ class Reduction(ABC):
         size: the number of ranks in the group, T.
         reason: why this implementation was chosen, for people to read.
         traffic: what this rank has handed over.
+        group: the process group of the ranks; None for one rank.
     """
 
-    def __init__(self, rank: int, size: int, reason: str, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self, rank: int, size: int, reason: str, traffic: Traffic | None = None, group: ProcessGroup | None = None
+    ) -> None:
+        self.group = group
         self.rank = rank
         self.size = size
         self.reason = reason

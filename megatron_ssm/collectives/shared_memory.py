@@ -26,6 +26,9 @@ DEFAULT_SLOT_BYTES = 1 << 20
 # The numbers of the native library's kinds of operation.
 _SUMS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _GATHER = 4
+# Its status codes, in words.
+_FAILURES = {2: "died", 3: "gave up or closed its reduction", 4: "came with another operation, shape or dtype"}
+_TIMED_OUT = 1
 _BARRIER = Site("barrier", backward_reduces=False)
 
 
@@ -61,7 +64,7 @@ class SharedMemoryReduction(Reduction):
             raise ValueError(f"timeout: expected a positive number of seconds, found {timeout}")
         if slot_bytes <= 0 or slot_bytes % 128:
             raise ValueError(f"slot_bytes: expected a positive multiple of 128, found {slot_bytes}")
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason)
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, group=group)
         self._other = TorchReduction(group, traffic=self.traffic)
         self._timeout = timeout
         self._slot_bytes = slot_bytes
@@ -175,12 +178,7 @@ class SharedMemoryReduction(Reduction):
     def _fail(self, status: int, site: Site, operation: int) -> None:
         ranks = self._segment.failed_ranks()
         named = ", ".join(f"{rank} (process {self._segment.processes[rank]})" for rank in ranks)
-        what = {
-            1: f"did not arrive within {self._timeout:g} s",
-            2: "died",
-            3: "gave up or closed its reduction",
-            4: "came with another operation, shape or dtype",
-        }[status]
+        what = f"did not arrive within {self._timeout:g} s" if status == _TIMED_OUT else _FAILURES[status]
         self._problem = f"{site.name}, operation {operation}: rank {named} {what}"
         raise ReductionError(f"rank {self.rank}: shared-memory reduction at {self._problem}")
 

@@ -51,16 +51,15 @@ class TorchReduction(Reduction):
     def __init__(
         self, group: dist.ProcessGroup, reason: str = "torch.distributed", traffic: Traffic | None = None
     ) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, traffic)
-        self._group = group
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, traffic, group)
 
     def exchange(self, value: Any) -> list[Any]:
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
-        dist.barrier(self._group)
+        dist.barrier(self.group)
 
     def _start(self, partial: Tensor, site: Site) -> Handle:
         # A copy, because the backend sums in place.
@@ -68,7 +67,7 @@ class TorchReduction(Reduction):
         if buffer.numel() == 0:
             return DoneHandle(buffer)
         self.traffic.record(site.name, buffer.nbytes)
-        return _TorchHandle(dist.all_reduce(buffer, group=self._group, async_op=True), buffer)
+        return _TorchHandle(dist.all_reduce(buffer, group=self.group, async_op=True), buffer)
 
     def _all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         source = tensor.detach().contiguous()
@@ -78,7 +77,7 @@ class TorchReduction(Reduction):
         # As bytes: gloo refuses several dtypes that a gather has no reason to look at.
         payload = source.reshape(-1).view(torch.uint8)
         payloads = [torch.empty_like(payload) for _ in range(self.size)]
-        dist.all_gather(payloads, payload, group=self._group)
+        dist.all_gather(payloads, payload, group=self.group)
         return torch.cat([payload.view(source.dtype).reshape(source.shape) for payload in payloads], dim)
 
 

@@ -141,15 +141,15 @@ def test_nan_infinity_signed_zero_and_subnormals(ranks, size):
 
 
 def sum_all_halves(context: RankContext) -> None:
-    # Every fp16 and bf16 number, added to a number that moves it to and off the rounding points.
+    # Every fp16 and bf16 number, added to zero, to one that nearly cancels it, and to a stranger.
     codes = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     with SharedMemoryReduction(context.group, timeout=30) as reduction:
         for dtype in (torch.float16, torch.bfloat16):
             numbers = codes.view(dtype)
-            shifts = torch.roll(numbers, 12_345)
-            result = reduction.reduce(numbers if context.rank == 0 else shifts, OUT_PROJ)
-            expected = (numbers.float() + shifts.float()).to(dtype)
-            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+            for others in (torch.zeros_like(numbers), -torch.roll(numbers, 1), torch.roll(numbers, 12_345)):
+                result = reduction.reduce(numbers if context.rank == 0 else others, OUT_PROJ)
+                expected = (numbers.float() + others.float()).to(dtype)
+                torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_half_precision_number(ranks):
@@ -306,9 +306,9 @@ def test_traffic_is_counted_by_site(ranks, kind):
 def agree_on_errors(context: RankContext, kind: str) -> None:
     with make(kind, context) as reduction:
         reduction.agree(None)
-        with pytest.raises(ValueError, match="^expected 4, found 5$"):
+        with pytest.raises(ValueError, match=r"^expected 4, found 5$"):
             reduction.agree(ValueError("expected 4, found 5") if context.rank == 1 else None)
-        with pytest.raises(ValueError, match="^from rank 0$"):
+        with pytest.raises(ValueError, match=r"^from rank 0$"):
             reduction.agree(ValueError(f"from rank {context.rank}"))
         own = KeyError("weight")
         expected = (
@@ -337,7 +337,7 @@ def test_one_rank_without_a_process_group():
         assert reduction.exchange(3) == [3]
         reduction.barrier()
         reduction.agree(None)
-        with pytest.raises(ValueError, match="^wrong$"):
+        with pytest.raises(ValueError, match=r"^wrong$"):
             reduction.agree(ValueError("wrong"))
         with pytest.raises(KeyError):
             reduction.agree(KeyError("wrong"))

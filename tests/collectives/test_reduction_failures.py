@@ -1,4 +1,4 @@
-"""What happens when a rank is late, dies, leaves or does something else: an error that names it, soon, on every rank."""
+"""A rank is late, dies, leaves or does something else: the others get an error that names it, and soon."""
 
 import os
 import signal

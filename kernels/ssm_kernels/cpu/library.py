@@ -37,7 +37,9 @@ NO_SLOTS = (0, 0, 0)
 @cache
 def library() -> ctypes.CDLL:
     """The library with its entry points declared, built at the first call. Raises native.NativeBuildError."""
-    loaded = native.load_library("ssm_kernels", [FOLDER / name for name in SOURCES], [FOLDER / name for name in HEADERS])
+    loaded = native.load_library(
+        "ssm_kernels", [FOLDER / name for name in SOURCES], [FOLDER / name for name in HEADERS]
+    )
     for name in ENTRY_POINTS:
         entry = getattr(loaded, name)
         entry.argtypes = [ctypes.c_char_p]
@@ -66,11 +68,18 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def rows(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """`struct Rows` of a tensor [B, L, channels], or [B, channels] for one token a row."""
+def rows(tensor: Tensor | None, kept: list[Tensor]) -> tuple[int, int, int, int]:
+    """`struct Rows` of a tensor [B, L, channels], or [B, channels] for one token a row.
+
+    A tensor whose last stride is not 1 is copied; `kept` holds the copy while the kernel runs.
+    """
     if tensor is None:
         return NO_ROWS
     strides = tensor.stride()
+    if strides[-1] != 1:
+        tensor = tensor.contiguous()
+        kept.append(tensor)
+        strides = tensor.stride()
     token_stride = strides[1] if len(strides) == 3 else 0
     return tensor.data_ptr(), strides[0], token_stride, tensor.dtype is torch.bfloat16
 

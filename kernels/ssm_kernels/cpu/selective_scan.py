@@ -51,20 +51,20 @@ def forward(
 
 def _arguments(
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, final, starts, state_indices, chunk_states, out
-) -> tuple[bytes, tuple]:
-    # The second result keeps converted copies alive while the kernel runs.
-    x, dt, B, C, z = kept = unit_stride(x), unit_stride(dt), unit_stride(B), unit_stride(C), unit_stride(z)
+) -> tuple[bytes, list[Tensor]]:
+    # The second result keeps copies alive while the kernel runs.
+    kept: list[Tensor] = []
     if starts is None:
         sequences, length = x.shape[0], (x.shape[1] if x.dim() == 3 else 1)
     else:
         sequences, length = starts.shape[0] - 1, x.shape[1]
     block = _pack(
-        *rows(x),
-        *rows(dt),
-        *rows(B),
-        *rows(C),
-        *rows(z),
-        *rows(out),
+        *rows(x, kept),
+        *rows(dt, kept),
+        *rows(B, kept),
+        *rows(C, kept),
+        *rows(z, kept),
+        *rows(out, kept),
         A.data_ptr(),
         pointer(D),
         pointer(dt_bias),
@@ -103,9 +103,9 @@ def backward(
     """
     x, dt, A, B, C, D, z, dt_bias, initial, starts, chunk_states = saved
     A32, D32, bias32 = parameter(A), parameter(D), parameter(dt_bias)
-    out_grad = torch.zeros_like(x) if out_grad is None else unit_stride(out_grad)
+    out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     final_grad = unit_stride(final_grad)
-    block, _kept = _arguments(
+    block, kept = _arguments(
         x, dt, A32, B, C, D32, z, bias32, dt_softplus, initial, None, starts, None, chunk_states, None
     )
     batch, length, states = B.shape
@@ -116,11 +116,11 @@ def backward(
     B_grad, C_grad = (torch.empty(torch.get_num_threads(), batch, length, states) for _ in range(2))
     initial_grad = None if initial is None else torch.empty(initial.shape)
     gradients = _pack_gradients(
-        *rows(out_grad),
+        *rows(out_grad, kept),
         *state_view(final_grad),
-        *rows(x_grad),
-        *rows(dt_grad),
-        *rows(z_grad),
+        *rows(x_grad, kept),
+        *rows(dt_grad, kept),
+        *rows(z_grad, kept),
         A_grad.data_ptr(),
         pointer(D_grad),
         pointer(bias_grad),

@@ -107,6 +107,16 @@ inline void load_tile(const Rows& rows, int64_t sequence, int64_t token, int tok
     load_row(rows.at(sequence, token + t, channel), rows.is_bf16, channels, tile + t * kGroup);
 }
 
+// Asks for a tile that will be loaded soon: its rows lie in different pages, where the hardware does not look ahead.
+inline void prefetch_tile(const Rows& rows, int64_t sequence, int64_t token, int64_t tokens, int64_t channel,
+                          int channels) {
+  constexpr int kCacheLine = 64;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const char* row = rows.at(sequence, token + t, channel);
+    for (int64_t byte = 0; byte < channels * rows.element_size(); byte += kCacheLine) __builtin_prefetch(row + byte);
+  }
+}
+
 inline void store_tile(const Rows& rows, int64_t sequence, int64_t token, int tokens, int64_t channel, int channels,
                        const float* tile) {
   for (int t = 0; t < tokens; ++t)

@@ -122,6 +122,10 @@ void scan_group(const ScanArguments& args, const StateRows& b, const StateRows& 
         std::memcpy(args.chunk_states + at * states * kLanes, h[k], states * sizeof(vfloat));
       }
     prepare(args, row, first + t, tokens, group, tile);
+    const int64_t next = std::min<int64_t>(kTile, length - t - tokens);
+    for (const Rows* rows : {&args.x, &args.dt, &args.z})
+      if (*rows)
+        prefetch_tile(*rows, row, first + t + tokens, next, group * kGroup, channels_of_group(group, args.channels));
     for (int k = 0; k < blocks; ++k)
       scan_block_any(tokens, states, tile.dt + k * kLanes, tile.u + k * kLanes, b.at(row, first + t), b.stride(),
                      c.at(row, first + t), c.stride(), a[k], h[k], tile.y + k * kLanes);

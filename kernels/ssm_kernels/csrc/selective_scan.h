@@ -65,21 +65,21 @@ inline std::vector<int64_t> first_chunks(const Sequences& sequences) {
 
 // [channel][state] in memory to lanes[state] of 16 channels, times `scale`; missing channels become 0.
 inline void load_lanes(const float* rows, int64_t stride, int channels, int states, float scale, vfloat* lanes) {
-  for (int n = 0; n < states; ++n) {
-    vfloat v = {};
-    for (int c = 0; c < channels; ++c) v[c] = rows[c * stride + n] * scale;
-    lanes[n] = v;
-  }
+  float* out = reinterpret_cast<float*>(lanes);
+  for (int n = 0; n < states; ++n)
+    for (int c = 0; c < kLanes; ++c) out[n * kLanes + c] = c < channels ? rows[c * stride + n] * scale : 0.0f;
 }
 
 inline void store_lanes(const vfloat* lanes, int channels, int states, float* rows, int64_t stride) {
+  const float* in = reinterpret_cast<const float*>(lanes);
   for (int c = 0; c < channels; ++c)
-    for (int n = 0; n < states; ++n) rows[c * stride + n] = lanes[n][c];
+    for (int n = 0; n < states; ++n) rows[c * stride + n] = in[n * kLanes + c];
 }
 
 // 16 values of a per-channel parameter; an omitted one is 0.
 inline vfloat load_parameter(const float* parameter, int64_t channel, int channels) {
-  vfloat v = {};
-  for (int c = 0; parameter && c < channels; ++c) v[c] = parameter[channel + c];
-  return v;
+  if (!parameter) return vfloat{};
+  alignas(64) float values[kLanes];
+  load_row(parameter + channel, channels, values);
+  return load(values);
 }

@@ -77,6 +77,6 @@ def selective_state_update(
     z = None if z is None else z[:, None]
     if state_indices is None:
         state_indices = torch.arange(x.shape[0], device=x.device)
-    return selective_scan(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state=state, state_indices=state_indices
-    )[:, 0]
+    return selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state=state, state_indices=state_indices)[
+        :, 0
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,7 @@ def run_sequences(
     if len(starts) == 1:
         return torch.zeros_like(inputs[0]), state
     outputs, states = [], []
-    for s, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+    for s, (first, last) in enumerate(itertools.pairwise(starts)):
         output, final = run(state[s : s + 1], *(tensor[:, first:last] for tensor in inputs))
         outputs.append(output)
         states.append(final)

@@ -33,11 +33,11 @@ namespace {
 
 constexpr int kMaxRanks = 64;  // failures are reported as a 64-bit mask of ranks
 constexpr int64_t kPage = 4096;
+
 // From this size on, at three ranks or more, reading T slots costs more than a second exchange of flags.
 constexpr int64_t kTwoPhaseBytes = 32 << 10;
-
-constexpr int64_t kYieldNanoseconds = 10'000'000;    // then the waiting rank sleeps between looks,
-constexpr int64_t kSleepNanoseconds = 100'000;       // for 1% of what it has waited at most
+constexpr int64_t kYieldNanoseconds = 10'000'000;  // then the waiting rank sleeps between looks,
+constexpr int64_t kSleepNanoseconds = 100'000;     // for 1% of what it has waited at most
 constexpr int64_t kLivenessNanoseconds = 100'000'000;
 
 enum Status : int { kDone = 0, kTimedOut = 1, kDied = 2, kLeft = 3, kMismatch = 4 };
@@ -113,27 +113,11 @@ bool reached(const Context& context, Which flag, int rank, uint64_t operation) {
   return (context.control->ranks[rank].*flag).value.load(std::memory_order_acquire) >= operation;
 }
 
-uint64_t missing_ranks(const Context& context, Which flag, uint64_t operation) {
+template <class Predicate>
+uint64_t ranks_where(const Context& context, Predicate predicate) {
   uint64_t mask = 0;
   for (int rank = 0; rank < context.size; ++rank) {
-    if (!reached(context, flag, rank, operation)) mask |= 1ULL << rank;
-  }
-  return mask;
-}
-
-uint64_t dead_ranks(Context& context) {
-  uint64_t mask = 0;
-  if (poll(context.processes, context.size, 0) <= 0) return 0;
-  for (int rank = 0; rank < context.size; ++rank) {
-    if (context.processes[rank].revents & (POLLIN | POLLHUP)) mask |= 1ULL << rank;
-  }
-  return mask;
-}
-
-uint64_t ranks_that_left(const Context& context) {
-  uint64_t mask = 0;
-  for (int rank = 0; rank < context.size; ++rank) {
-    if (context.control->ranks[rank].left.value.load(std::memory_order_acquire)) mask |= 1ULL << rank;
+    if (predicate(rank)) mask |= 1ULL << rank;
   }
   return mask;
 }
@@ -147,9 +131,10 @@ int fail(Context& context, int status, uint64_t ranks) {
 // Why waiting on is pointless, or kDone. The flags are read after the signs of death: a rank may raise its flag, then
 // end, and that is no failure.
 int check_peers(Context& context, Which flag, uint64_t operation, int64_t waited) {
-  const uint64_t dead = dead_ranks(context);
-  const uint64_t left = ranks_that_left(context);
-  const uint64_t missing = missing_ranks(context, flag, operation);
+  poll(context.processes, context.size, 0);
+  const uint64_t dead = ranks_where(context, [&](int rank) { return context.processes[rank].revents != 0; });
+  const uint64_t left = ranks_where(context, [&](int rank) { return reached(context, &RankFlags::left, rank, 1); });
+  const uint64_t missing = ranks_where(context, [&](int rank) { return !reached(context, flag, rank, operation); });
   if (missing & dead) return fail(context, kDied, missing & dead);
   if (missing & left) return fail(context, kLeft, missing & left);
   if (missing && waited > context.timeout_nanoseconds) return fail(context, kTimedOut, missing);
@@ -301,11 +286,10 @@ int publish(Context& context, const char* source, int64_t bytes, int64_t kind) {
 
 int wait_for_slots(Context& context, uint64_t operation, int64_t bytes, int64_t kind) {
   if (int status = wait_for_all(context, &RankFlags::arrived, operation)) return status;
-  uint64_t different = 0;
-  for (int rank = 0; rank < context.size; ++rank) {
+  const uint64_t different = ranks_where(context, [&](int rank) {
     const Slot& slot = context.slot(operation, rank);
-    if (slot.kind != kind || slot.bytes != bytes) different |= 1ULL << rank;
-  }
+    return slot.kind != kind || slot.bytes != bytes;
+  });
   return different ? fail(context, kMismatch, different) : kDone;
 }
 
@@ -375,7 +359,8 @@ int64_t reduction_segment_bytes(int64_t size, int64_t slot_bytes) {
 
 // Maps the segment behind `file`. `slot_bytes` is a multiple of 128; `processes` are pidfds, -1 for this rank itself.
 // Returns null if the system refuses.
-void* reduction_attach(int file, int rank, int size, int64_t slot_bytes, int spins, double timeout, const int* processes) {
+void* reduction_attach(
+    int file, int rank, int size, int64_t slot_bytes, int spins, double timeout, const int* processes) {
   const int64_t bytes = reduction_segment_bytes(size, slot_bytes);
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   if (base == MAP_FAILED) return nullptr;

@@ -1,0 +1,89 @@
+"""Launchers of csrc/causal_conv1d.cpp."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ssm_kernels.cpu import library
+from ssm_kernels.cpu.library import pointer, raise_for_code, rows, state_view, unit_stride
+
+MIN_WIDTH, MAX_WIDTH = 2, 8  # kForward in csrc/causal_conv1d.cpp
+
+_pack = struct.Struct("=29q").pack  # struct ConvArguments
+_pack_gradients = struct.Struct("=9q").pack  # the rest of struct ConvGradients
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial: Tensor | None,
+    final: Tensor | None,
+    starts: Tensor | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """Run the convolution and return its output; `final` is written. x is [B, L, C], or [B, C] for one step.
+
+    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype)
+    block, _kept = _arguments(x, weight, bias, silu, initial, final, starts, state_indices, out)
+    code = library.entry_point("causal_conv1d_forward")(block)
+    if code:
+        raise_for_code(code, state_indices, final)
+    return out
+
+
+def _arguments(x, weight, bias, silu, initial, final, starts, state_indices, out) -> tuple[bytes, list[Tensor]]:
+    # The second result keeps copies alive while the kernel runs.
+    weight, bias = unit_stride(weight), unit_stride(bias)
+    kept = [weight, bias]
+    if starts is None:
+        sequences, length = x.shape[0], (x.shape[1] if x.dim() == 3 else 1)
+    else:
+        sequences, length = starts.shape[0] - 1, x.shape[1]
+    block = _pack(
+        *rows(x, kept),
+        *rows(out, kept),
+        weight.data_ptr(),
+        weight.stride(0),
+        weight.dtype is torch.bfloat16,
+        pointer(bias),
+        bias is not None and bias.dtype is torch.bfloat16,
+        *state_view(initial),
+        *state_view(final),
+        *library.slots(state_indices, final),
+        pointer(starts),
+        sequences,
+        length,
+        x.shape[-1],
+        weight.shape[1],
+        silu,
+        torch.get_num_threads(),
+    )
+    return block, kept
+
+
+def backward(
+    saved: tuple[Tensor, ...], silu: bool, out_grad: Tensor | None, final_grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, bias, initial_state), None where the input was omitted; weight and bias in fp32.
+
+    `saved` is (x, weight, bias, initial_state, starts) of the forward.
+    """
+    x, weight, bias, initial, starts = saved
+    out_grad = torch.zeros_like(x) if out_grad is None else out_grad
+    final_grad = unit_stride(final_grad)
+    block, kept = _arguments(x, weight, bias, silu, initial, final_grad, starts, None, out_grad)
+    x_grad, weight_grad = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
+    bias_grad = None if bias is None else torch.empty(bias.shape)
+    initial_grad = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype)
+    gradients = _pack_gradients(
+        *rows(x_grad, kept), *state_view(initial_grad), weight_grad.data_ptr(), pointer(bias_grad)
+    )
+    library.entry_point("causal_conv1d_backward")(block + gradients)
+    return x_grad, weight_grad, bias_grad, initial_grad

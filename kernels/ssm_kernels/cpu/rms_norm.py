@@ -1,0 +1,77 @@
+"""Launchers of csrc/rms_norm.cpp."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ssm_kernels.cpu import library
+from ssm_kernels.cpu.library import unit_stride
+
+_pack = struct.Struct("=18qd").pack  # struct NormArguments
+_pack_gradients = struct.Struct("=7q").pack  # the rest of struct NormGradients
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return (out, new residual), the latter None unless `residual_dtype` is given."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    residual_out = None if residual_dtype is None else torch.empty(x.shape, dtype=residual_dtype)
+    block, _kept = _arguments(x, residual, weight, out, residual_out, eps)
+    library.entry_point("rms_norm_forward")(block)
+    return out, residual_out
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    out_grad: Tensor | None,
+    residual_out_grad: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of (x, weight, residual), None where the input was omitted; weight in fp32."""
+    x_grad = torch.empty(x.shape, dtype=x.dtype)
+    residual_grad = None if residual is None else torch.empty(x.shape, dtype=residual.dtype)
+    weight_grad = None if weight is None else torch.zeros(torch.get_num_threads(), x.shape[-1])
+    block, kept = _arguments(x, residual, weight, out_grad, residual_out_grad, eps)
+    gradients = _pack_gradients(
+        *_matrix(x_grad, kept), *_matrix(residual_grad, kept), 0 if weight_grad is None else weight_grad.data_ptr()
+    )
+    library.entry_point("rms_norm_backward")(block + gradients)
+    return x_grad, None if weight_grad is None else weight_grad.sum(0), residual_grad
+
+
+def _arguments(x, residual, weight, out, residual_out, eps) -> tuple[bytes, list[Tensor]]:
+    # The second result keeps copies alive while the kernel runs.
+    kept: list[Tensor] = []
+    width = x.shape[-1]
+    block = _pack(
+        *_matrix(x, kept),
+        *_matrix(residual, kept),
+        *_matrix(weight, kept),
+        *_matrix(out, kept),
+        *_matrix(residual_out, kept),
+        x.numel() // width,
+        width,
+        torch.get_num_threads(),
+        eps,
+    )
+    return block, kept
+
+
+def _matrix(tensor: Tensor | None, kept: list[Tensor]) -> tuple[int, int, int]:
+    """`struct Matrix` of a tensor [..., features] seen as rows; `kept` holds the copy where one is needed."""
+    if tensor is None:
+        return 0, 0, 0
+    strides = tensor.stride()
+    if strides[-1] == 1 and (len(strides) <= 2 or tensor.is_contiguous()):
+        row_stride = 0 if len(strides) == 1 else strides[-2]
+    else:
+        tensor = unit_stride(tensor.reshape(-1, tensor.shape[-1]))
+        kept.append(tensor)
+        row_stride = tensor.stride(0)
+    return tensor.data_ptr(), row_stride, tensor.dtype is torch.bfloat16

@@ -1,0 +1,142 @@
+"""Right answers: transformers' own one-shot results, at one, two and four ranks."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VARIANTS, random_ids, tiny_checkpoint, tiny_model
+
+ROWS, LENGTH, NEW = 2, 45, 64
+PIECES = (1, 3, 17, 24)
+
+
+@functools.cache
+def _expected(variant: str) -> dict:
+    """What transformers says, and how far one-ulp noise on its weights moves it."""
+    ids = random_ids(ROWS, LENGTH)
+    model = tiny_model(variant)
+    model.generation_config.eos_token_id = None
+    noisy = tiny_model(variant)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
+            parameter.copy_(torch.nextafter(parameter, signs * torch.inf))
+        logits = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+        sensitivity = (noisy(ids).logits - logits).abs().max() / logits.abs().max()
+        bf16_error = (model.to(torch.bfloat16)(ids).logits.float() - logits).abs().mean() / logits.abs().max()
+    return {
+        "ids": ids,
+        "logits": logits,
+        "tokens": tokens,
+        "tolerance": max(1e-5, 4 * float(sensitivity)),
+        "bf16_error": float(bf16_error),
+    }
+
+
+def _engine(context, directory: Path, dtype: torch.dtype, **keywords):
+    from deepspeed_inference import init_inference
+
+    parallel = {"tp_size": context.size, "tp_group": context.group}
+    engine = init_inference(directory, tensor_parallel=parallel, dtype=dtype, **keywords)
+    engine.module.generation_config.eos_token_id = None
+    return engine
+
+
+def _answers(context, directory: Path, ids: torch.Tensor) -> dict:
+    with closing(_engine(context, directory, torch.float32)) as engine:
+        whole = engine.prefill(ids, engine.new_context(ROWS))
+        pieces = engine.new_context(ROWS)
+        for piece in ids.split(PIECES, dim=1):
+            in_pieces = engine.prefill(piece, pieces)
+        stepwise = engine.new_context(ROWS)
+        engine.prefill(ids[:, :-1], stepwise)
+        cut = engine.decode(ids[:, -1], stepwise.fork(), gather_logits=False)
+        with torch.inference_mode():
+            return {
+                "logits": engine(ids).logits,
+                "whole": whole,
+                "in_pieces": in_pieces,
+                "stepwise": engine.decode(ids[:, -1], stepwise),
+                "cut_width": cut.shape[-1],
+                "tokens": engine.generate(ids, max_new_tokens=NEW, eos_token_id=[]),
+                "their_generate": engine.module.generate(ids, max_new_tokens=8, do_sample=False),
+                "their_generate_our_cache": engine.module.generate(
+                    ids, max_new_tokens=8, do_sample=False, cache_params=engine.new_context(ROWS)
+                ),
+            }
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp32_equals_transformers(ranks, variant, size):
+    expected = _expected(variant)
+    answers = ranks(_answers, size, tiny_checkpoint(variant), expected["ids"], timeout=120)
+    largest = expected["logits"].abs().max()
+    for rank, got in enumerate(answers):
+        for name, want in {
+            "logits": expected["logits"],
+            "whole": expected["logits"][:, -1],
+            "in_pieces": expected["logits"][:, -1],
+            "stepwise": expected["logits"][:, -1],
+        }.items():
+            error = float((got[name] - want).abs().max() / largest)
+            assert error <= expected["tolerance"], f"rank {rank}: {name} is {error:.1e} from transformers"
+            assert torch.equal(got[name], answers[0][name]), f"rank {rank} has other bits of {name} than rank 0"
+        assert torch.equal(got["tokens"], expected["tokens"]), f"rank {rank}: greedy tokens differ"
+        for name in ("their_generate", "their_generate_our_cache"):
+            assert torch.equal(got[name], expected["tokens"][:, : LENGTH + 8]), f"rank {rank}: {name} differs"
+        assert got["cut_width"] == -(-97 // size)
+
+
+def _fp64_logits(context, directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    options = {"kernels": "reference", "reduction": "torch"}
+    with closing(_engine(context, directory, torch.float64, **options)) as engine:
+        state = engine.new_context(ROWS)
+        return torch.stack([engine.prefill(ids, state), engine.decode(ids[:, 0], state)])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp64_ranks_equal_one_rank(ranks, variant, size):
+    ids = random_ids(ROWS, 11)
+    one = ranks(_fp64_logits, 1, tiny_checkpoint(variant), ids)[0]
+    for rank, got in enumerate(ranks(_fp64_logits, size, tiny_checkpoint(variant), ids)):
+        assert got.dtype == torch.float64
+        assert (got - one).abs().max() <= 1e-10, f"rank {rank}"
+
+
+def _bf16_logits(context, directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    with closing(_engine(context, directory, torch.bfloat16)) as engine, torch.inference_mode():
+        return engine(ids).logits
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_error_is_within_that_of_transformers(ranks, variant, size):
+    expected = _expected(variant)
+    largest = expected["logits"].abs().max()
+    for got in ranks(_bf16_logits, size, tiny_checkpoint(variant), expected["ids"]):
+        error = float((got - expected["logits"]).abs().mean() / largest)
+        assert error <= 1.5 * expected["bf16_error"]
+
+
+def _of_an_instance(context, ids: torch.Tensor) -> torch.Tensor:
+    from deepspeed_inference import init_inference
+
+    parallel = {"tp_size": context.size, "tp_group": context.group}
+    engine = init_inference(tiny_model(), tensor_parallel=parallel, dtype=torch.float32)
+    with closing(engine), torch.inference_mode():
+        return engine(ids).logits
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_instance_is_injected_in_place(ranks, size):
+    expected = _expected("mamba")
+    for got in ranks(_of_an_instance, size, expected["ids"]):
+        assert (got - expected["logits"]).abs().max() / expected["logits"].abs().max() <= expected["tolerance"]

@@ -1,0 +1,138 @@
+"""The context: state enters a prefill of any length, moves between rows, and rows of different lengths stay apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VARIANTS, random_ids, tiny_checkpoint, tiny_model
+
+from deepspeed_inference import init_inference
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def engine(request):
+    return init_inference(tiny_checkpoint(request.param), dtype=torch.float32)
+
+
+def test_prefill_then_one_step_equals_a_longer_prefill(engine):
+    ids = random_ids(2, 30)
+    whole, split = engine.new_context(2), engine.new_context(2)
+    expected = engine.prefill(ids, whole)
+    engine.prefill(ids[:, :-1], split)
+    torch.testing.assert_close(engine.decode(ids[:, -1:], split), expected, **CLOSE)
+    for index in range(3):
+        torch.testing.assert_close(split.layer(index).ssm, whole.layer(index).ssm, **CLOSE)
+        torch.testing.assert_close(split.layer(index).conv, whole.layer(index).conv, **CLOSE)
+    assert whole.positions.tolist() == split.positions.tolist() == [30, 30]
+
+
+def test_rows_of_different_lengths_equal_each_row_alone(engine):
+    lengths = torch.tensor([5, 17, 1, 3])
+    ids = random_ids(4, 17)
+    together = engine.new_context(4)
+    logits = engine.prefill(ids, together, lengths=lengths)
+    following = engine.decode(ids[:, 0], together)
+    for row, length in enumerate(lengths.tolist()):
+        alone = engine.new_context(1)
+        expected = engine.prefill(ids[row : row + 1, :length], alone)
+        torch.testing.assert_close(logits[row : row + 1], expected, **CLOSE)
+        torch.testing.assert_close(following[row : row + 1], engine.decode(ids[row : row + 1, 0], alone), **CLOSE)
+    assert together.positions.tolist() == [6, 18, 2, 4]
+
+
+def test_padding_at_either_side_changes_nothing(engine):
+    text = random_ids(1, 8)
+    expected = engine.generate(text, max_new_tokens=6, eos_token_id=[])[:, 8:]
+    filler = torch.full((1, 3), 1)
+    for ids, mask in (
+        (torch.cat([filler, text], 1), [0] * 3 + [1] * 8),
+        (torch.cat([text, filler], 1), [1] * 8 + [0] * 3),
+    ):
+        got = engine.generate(ids, attention_mask=torch.tensor([mask]), max_new_tokens=6, eos_token_id=[])
+        assert torch.equal(got[:, :11], ids)
+        assert torch.equal(got[:, 11:], expected)
+    padding = torch.zeros(1, 3, dtype=torch.int64)  # the model's own padding id needs no mask
+    got = engine.generate(torch.cat([padding, text], 1), max_new_tokens=6, eos_token_id=[])
+    assert torch.equal(got[:, 11:], expected)
+
+
+def test_transformers_forward_honours_the_mask_and_its_own_cache(engine):
+    text = random_ids(1, 8)
+    padded = torch.cat([torch.full((1, 3), 5), text], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 8])
+    with torch.inference_mode():
+        expected = engine(text).logits
+        first = engine.module(padded, attention_mask=mask, use_cache=True)
+        torch.testing.assert_close(first.logits[:, 3:], expected, **CLOSE)
+        cache = engine.module(text[:, :5], use_cache=True).cache_params
+        torch.testing.assert_close(engine.module(text[:, 5:], cache_params=cache).logits, expected[:, 5:], **CLOSE)
+
+
+def test_reorder_fork_reset_and_free(engine):
+    ids = random_ids(3, 7)
+    context = engine.new_context(3)
+    engine.prefill(ids, context)
+    copy = context.fork()
+    expected = engine.decode(ids[:, 0], copy.fork())
+    context.reorder(torch.tensor([2, 0, 0, 1]))
+    got = engine.decode(ids[[2, 0, 0, 1], 0], context)
+    torch.testing.assert_close(got, expected[[2, 0, 0, 1]], **CLOSE)
+    assert context.batch_size == 4 and copy.batch_size == 3
+    torch.testing.assert_close(engine.decode(ids[:, 0], copy), expected, **CLOSE)  # the fork went its own way
+    copy.reset()
+    assert copy.get_seq_length() == 0 and not copy.has_previous_state()
+    torch.testing.assert_close(engine.prefill(ids, copy), engine.prefill(ids, engine.new_context(3)))
+    context.free()
+    with pytest.raises(ValueError, match="freed"):
+        engine.decode(ids[[0, 0, 0, 0], 0], context)
+
+
+def test_wrong_input_is_named(engine):
+    context = engine.new_context(2)
+    for ids, message in (
+        (torch.zeros(2, 0, dtype=torch.int64), "at least one token"),
+        (torch.tensor([[1, 97], [1, 2]]), r"expected ids in 0\.\.96, found 97"),
+        (torch.tensor([[1, -1], [1, 2]]), r"expected ids in 0\.\.96, found -1"),
+        (torch.zeros(2, 3), "expected integers"),
+        (torch.zeros(3, 3, dtype=torch.int64), "expected 2 rows, as the context has, found 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.prefill(ids, context)
+    with pytest.raises(ValueError, match=r"expected ids in 0\.\.96, found 97"):
+        engine(torch.tensor([[97]]))
+    ids = random_ids(2, 4)
+    for lengths in ([0, 4], [5, 4], [4]):
+        with pytest.raises(ValueError, match="lengths: expected"):
+            engine.prefill(ids, context, lengths=torch.tensor(lengths))
+    with pytest.raises(ValueError, match="one token a row"):
+        engine.decode(ids, context)
+    for index in ([2], [-1], []):
+        with pytest.raises(ValueError, match=r"expected row indices in 0\.\.1"):
+            context.reorder(torch.tensor(index, dtype=torch.int64))
+    with pytest.raises(ValueError, match="batch_size: expected"):
+        engine.new_context(0)
+    assert context.positions.tolist() == [0, 0]
+
+
+def test_rows_end_by_themselves_and_are_filled(engine):
+    ids = random_ids(2, 5)
+    free = engine.generate(ids, max_new_tokens=12, eos_token_id=[])
+    end = int(free[0, 8])
+    got = engine.generate(ids, max_new_tokens=12, eos_token_id=end)
+    for row in range(2):
+        new = free[row, 5:].tolist()
+        kept = new[: new.index(end) + 1] if end in new else new
+        assert got[row, 5 : 5 + len(kept)].tolist() == kept
+        assert set(got[row, 5 + len(kept) :].tolist()) <= {0}
+
+
+def test_deepspeed_is_underneath_and_replaced_nothing():
+    from deepspeed.inference.engine import InferenceEngine
+
+    engine = init_inference(tiny_model(), dtype=torch.float32)
+    assert isinstance(engine, InferenceEngine)
+    modules = {type(module).__module__.split(".")[0] for module in engine.module.modules()}
+    assert modules <= {"transformers", "deepspeed_inference", "megatron_ssm", "torch"}
+    assert "nn.Linear" not in {f"nn.{type(m).__name__}" for m in engine.module.modules()}
