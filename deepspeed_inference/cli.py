@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(config, prompts)
     except ValueError as error:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"infer.py: error{rank}: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"infer.py: error{rank}: {error}\n")  # one write, so that ranks do not mix their lines
         return MISUSED
 
 

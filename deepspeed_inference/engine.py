@@ -50,6 +50,7 @@ def init_inference(
     device = _device(options.device)
     groups = _groups(options, device)
     _set_threads(options, groups, device)
+    ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
     reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
     error = None
     try:
@@ -89,9 +90,9 @@ class SSMInferenceEngine(InferenceEngine):
         dtype: torch.dtype,
         kernels: str = "auto",
     ):
-        # DeepSpeed is told of one rank: the model is already cut, and every collective is ours.
+        # DeepSpeed is told of one rank and to leave the model where it is: it is cut already, and lies on its device.
         known = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-        super().__init__(model, DeepSpeedInferenceConfig(dtype=known, replace_with_kernel_inject=False))
+        super().__init__(model, DeepSpeedInferenceConfig(dtype=known, keep_module_on_host=True))
         del self.generate  # the base class puts its own over ours
         self.mp_group = reduction.group
         self.family = family

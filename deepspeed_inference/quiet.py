@@ -10,6 +10,8 @@ import logging
 import os
 import warnings
 
+import torch
+
 
 def quiet() -> None:
     """Silence the notices of torch, transformers, megatron-core and DeepSpeed, but not their errors."""
@@ -18,8 +20,8 @@ def quiet() -> None:
         "GLOO_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
-        "DS_LOG_LEVEL": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",  # else DeepSpeed warns that it found none
     }.items():
         os.environ.setdefault(name, value)
     for category in (UserWarning, FutureWarning, DeprecationWarning):

@@ -63,10 +63,7 @@ def choose(
 def _best(values: torch.Tensor, ids: torch.Tensor, head: VocabParallelHead) -> torch.Tensor:
     # Each rank offers its best; ids rise with the rank, so the first largest is the smallest id on every rank.
     place = values.argmax(dim=-1, keepdim=True)
-    value, best = values.gather(1, place), ids.gather(1, place)
-    if head.reduction.size > 1:
-        value = head.reduction.all_gather(value, dim=-1)
-        best = head.reduction.all_gather(best, dim=-1)
+    value, best = _gather_pairs(values.gather(1, place), ids.gather(1, place), head)
     return best.gather(1, _first_largest(value, best)).squeeze(1)
 
 
@@ -76,12 +73,20 @@ def _candidates(
     """[B, V/T] -> values [B, k] falling, and their ids: the k largest over all ranks, ties to the smaller id."""
     count = min(top_k or head.vocab_size, head.vocab_size)
     values, order = logits.sort(dim=-1, descending=True, stable=True)
-    values, local = values[:, :count].contiguous(), ids[order[:, :count]]
-    if head.reduction.size > 1:
-        values = head.reduction.all_gather(values, dim=-1)
-        local = head.reduction.all_gather(local, dim=-1)
+    values, local = _gather_pairs(values[:, :count], ids[order[:, :count]], head)
     values, order = values.sort(dim=-1, descending=True, stable=True)
     return values[:, :count], local.gather(1, order[:, :count])
+
+
+def _gather_pairs(
+    values: torch.Tensor, ids: torch.Tensor, head: VocabParallelHead
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every rank's [B, n] values and ids side by side, in one collective: fp64 holds both exactly."""
+    if head.reduction.size == 1:
+        return values, ids
+    pairs = torch.stack([values.double(), ids.double()])
+    gathered = head.reduction.all_gather(pairs, dim=-1)
+    return gathered[0].to(values.dtype), gathered[1].to(torch.int64)
 
 
 def _nucleus(values: torch.Tensor, top_p: float) -> torch.Tensor:

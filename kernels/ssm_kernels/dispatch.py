@@ -22,6 +22,7 @@ BACKENDS = ("auto", "native", "reference")
 _forced = "auto"
 _native_error: str | None = None
 _native_ready = False
+_warned = False
 _last: dict[str, tuple[str, str]] = {}
 
 
@@ -48,10 +49,14 @@ def choose(op: str, tensors: tuple[Tensor | None, ...], limit: str | None = None
     if _forced == "reference":
         _last[op] = ("reference", "forced")
         return False
-    reason = limit or _unsupported(tensors) or _unavailable()
+    reason = limit or _unsupported(tensors)
     if reason is None:
-        _last[op] = ("native", "CPU tensors in fp32 or bf16")
-        return True
+        reason = _unavailable()
+        if reason is None:
+            _last[op] = ("native", "CPU tensors in fp32 or bf16")
+            return True
+        if _forced == "auto":
+            _warn_once(reason)
     if _forced == "native":
         raise ValueError(f"{op}: expected to run on the forced backend 'native', found that it cannot: {reason}")
     _last[op] = ("reference", reason)
@@ -60,7 +65,7 @@ def choose(op: str, tensors: tuple[Tensor | None, ...], limit: str | None = None
 
 def backend_report() -> dict[str, str]:
     """What is forced, whether the native library works, and the last choice of each op with its reason."""
-    unavailable = _unavailable(warn=False)
+    unavailable = _unavailable()
     report = {"forced": _forced, "native": f"unavailable: {unavailable}" if unavailable else "available"}
     report.update({op: f"{backend} ({reason})" for op, (backend, reason) in _last.items()})
     return report
@@ -77,7 +82,7 @@ def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _unavailable(warn: bool = True) -> str | None:
+def _unavailable() -> str | None:
     global _native_error, _native_ready
     if not _native_ready and _native_error is None:
         try:
@@ -85,14 +90,20 @@ def _unavailable(warn: bool = True) -> str | None:
             _native_ready = True
         except native.NativeBuildError as error:
             _native_error = str(error)
-            warn = warn and _forced == "auto"
-            if warn:
-                warnings.warn(
-                    f"ssm_kernels: the native CPU kernels are unavailable, using the (slow) reference: {error}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
     return _native_error
+
+
+def _warn_once(reason: str) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    # The caller of the op: above it are the op, choose() and this.
+    warnings.warn(
+        f"ssm_kernels: the native CPU kernels are unavailable, using the (slow) reference: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _checked(name: str, source: str) -> str:

@@ -71,7 +71,8 @@ def test_optional_arguments_omitted(omitted, with_final, activation):
 def test_bf16_parameters_and_strides():
     inputs = make_inputs(2, 37, 40, 4, torch.bfloat16)
     inputs["weight"], inputs["bias"] = inputs["weight"].bfloat16(), inputs["bias"].bfloat16()
-    inputs["x"] = inputs["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    for name in ("x", "initial_state"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     compare_with_reference(inputs)
 
 

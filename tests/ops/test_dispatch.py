@@ -18,6 +18,7 @@ from ssm_kernels import backend_report, rms_norm, use_backend
 KERNELS = Path(ssm_kernels.__file__).parent.parent
 NORMS = """
 import warnings, torch, ssm_kernels
+ssm_kernels.backend_report()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     x = torch.arange(8.0)

@@ -77,7 +77,7 @@ def backward(
     """
     x, weight, bias, initial, starts = saved
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
-    final_grad = unit_stride(final_grad)
+    initial, final_grad = unit_stride(initial), unit_stride(final_grad)
     block, kept = _arguments(x, weight, bias, silu, initial, final_grad, starts, None, out_grad)
     x_grad, weight_grad = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
     bias_grad = None if bias is None else torch.empty(bias.shape)

@@ -106,7 +106,7 @@ def backward(
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     final_grad = unit_stride(final_grad)
     block, kept = _arguments(
-        x, dt, A32, B, C, D32, z, bias32, dt_softplus, initial, None, starts, None, chunk_states, None
+        x, dt, A32, B, C, D32, z, bias32, dt_softplus, None, None, starts, None, chunk_states, None
     )
     batch, length, states = B.shape
     x_grad, dt_grad = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=dt.dtype)

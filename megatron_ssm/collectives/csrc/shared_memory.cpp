@@ -33,7 +33,6 @@ namespace {
 
 constexpr int kMaxRanks = 64;  // failures are reported as a 64-bit mask of ranks
 constexpr int64_t kPage = 4096;
-
 // From this size on, at three ranks or more, reading T slots costs more than a second exchange of flags.
 constexpr int64_t kTwoPhaseBytes = 32 << 10;
 constexpr int64_t kYieldNanoseconds = 10'000'000;  // then the waiting rank sleeps between looks,

@@ -1,0 +1,136 @@
+"""InferenceConfig: one source for keywords, presets and the command line; every wrong value is told."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspeed_inference.config import PRESETS, InferenceConfig, command_line_parser, read_preset
+
+CHANGED = {
+    "model": ("--model", "elsewhere", "elsewhere"),
+    "tensor_parallel": ("--tp-size", "2", 2),
+    "dtype": ("--dtype", "bf16", torch.bfloat16),
+    "device": ("--device", "cpu", "cpu"),
+    "threads": ("--threads", "3", 3),
+    "kernels": ("--kernels", "reference", "reference"),
+    "reduction": ("--reduction", "torch", "torch"),
+    "reduction_timeout": ("--reduction-timeout", "7.5", 7.5),
+    "progress": ("--progress", None, True),
+    "max_new_tokens": ("--max-new-tokens", "5", 5),
+    "temperature": ("--temperature", "0.5", 0.5),
+    "top_k": ("--top-k", "4", 4),
+    "top_p": ("--top-p", "0.5", 0.5),
+    "seed": ("--seed", "9", 9),
+    "prompt": ("--prompt", "hello", ["hello"]),
+    "prompts": ("--prompts", "in.jsonl", "in.jsonl"),
+    "output": ("--output", "out.jsonl", "out.jsonl"),
+    "batch_size": ("--batch-size", "3", 3),
+    "json": ("--json", None, True),
+}
+
+
+def test_every_field_is_an_option_of_the_command_line():
+    assert set(CHANGED) == {field.name for field in fields(InferenceConfig)}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_option_sets_its_field_and_no_other(name):
+    flag, value, expected = CHANGED[name]
+    config = InferenceConfig.from_command_line([flag] if value is None else [flag, value])
+    plain = InferenceConfig()
+    for field in fields(InferenceConfig):
+        got = getattr(config, field.name)
+        if field.name == "tensor_parallel":
+            got, default = got.tp_size, plain.tensor_parallel.tp_size
+        else:
+            default = getattr(plain, field.name)
+        assert got == (expected if field.name == name else default), field.name
+
+
+def test_prompts_repeat_and_launchers_may_append_their_rank():
+    config = InferenceConfig.from_command_line(["--local_rank=1", "--prompt", "a", "--prompt", "b"])
+    assert config.prompt == ["a", "b"]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads_by_path_and_by_name(preset):
+    assert read_preset(preset) == read_preset(preset.stem)
+    InferenceConfig.from_command_line(["--config", preset.stem])
+
+
+def test_there_are_presets():
+    assert len(list(PRESETS.glob("*.yaml"))) >= 3
+
+
+def test_the_command_line_goes_over_the_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("temperature: 0.7\nseed: 3\ntensor_parallel: {tp_size: 2}\n")
+    config = InferenceConfig.from_command_line(["--config", str(file), "--seed", "4"])
+    assert (config.temperature, config.seed, config.tensor_parallel.tp_size) == (0.7, 4, 2)
+
+
+def test_unknown_keys_of_a_preset_are_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("temprature: 0.7\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: unknown keys \['temprature'\]; known are \['model'"):
+        InferenceConfig.from_command_line(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1", "expected keys and values, found list"), ("a: [", "not YAML"), ("seed: x", "seed: expected an integer")],
+)
+def test_presets_that_are_wrong(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_preset(file)
+
+
+def test_presets_that_are_not_there():
+    with pytest.raises(ValueError, match=r"no such file, and not one of those shipped \(.*exact"):
+        read_preset("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int7"),
+        ("dtype", torch.int8),
+        ("device", "tpu"),
+        ("kernels", "fast"),
+        ("reduction", "mpi"),
+        ("threads", 0),
+        ("reduction_timeout", 0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", True),
+        ("batch_size", 0),
+        ("seed", 1.5),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("tensor_parallel", {"tp_size": 0}),
+        ("tensor_parallel", {"size": 2}),
+        ("tensor_parallel", 2),
+    ],
+)
+def test_values_out_of_range_name_the_field_and_what_was_found(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*(expected .* found|unknown keys)"):
+        InferenceConfig(**{name: value})
+
+
+def test_help_speaks_of_every_option():
+    text = command_line_parser().format_help()
+    for flag, *_ in CHANGED.values():
+        assert flag in text
+    assert "--local" not in text
+
+
+def test_presets_lie_in_configs():
+    assert PRESETS.resolve() == (Path(__file__).parents[2] / "configs").resolve()
