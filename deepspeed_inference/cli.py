@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.prompts import Prompt, answer, read_prompts, refusal
+from deepspeed_inference.prompts import Prompt, read_prompts, refusal
 from deepspeed_inference.quiet import quiet
 
 DEMO_PROMPTS = ["def "]
@@ -38,11 +38,11 @@ def _run(config: InferenceConfig, prompts: list[Prompt]) -> int:
     with Session(config) as session:
         checked = [session.check(prompt) for prompt in prompts]
         for prompt in checked:
+            if prompt.error is not None and prompt.origin.startswith("--prompt"):
+                raise ValueError(prompt.error)
             if prompt.error is not None:
                 session.say(f"infer.py: {prompt.error}", file=sys.stderr)
         answers = {prompt.index: refusal(prompt) for prompt in checked if prompt.error is not None}
-        if config.prompt and not config.prompts and len(answers) == len(prompts):
-            return MISUSED
         runnable = [prompt for prompt in checked if prompt.error is None]
         if config.prompts is None and session.engine.groups.replicas == 1:
             results = session.stream(runnable, echo=not config.json)
@@ -80,6 +80,3 @@ def _default_prompts(config: InferenceConfig) -> list[str]:
     if config.model is None:
         return DEMO_PROMPTS
     raise ValueError("no prompt: expected --prompt TEXT or --prompts FILE.jsonl, found neither")
-
-
-__all__ = ["answer", "main"]

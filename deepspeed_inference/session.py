@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -30,10 +31,7 @@ class Session:
         self.config = config
         self.engine = init_inference(config=replace(config, progress=not config.json))
         directory = model_directory(config.model)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model {directory}: no tokenizer can be read from it: {error}") from error
+        self.tokenizer = _read_tokenizer(directory)
         self.is_first = self.engine.groups.replica == 0 and self.engine.reduction.rank == 0
         self.measurements = Measurements()
         self._sampling = Sampling(
@@ -120,6 +118,16 @@ class Session:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer(prompt.text)["input_ids"]
+
+
+def _read_tokenizer(directory: Path):
+    # transformers makes an empty tokenizer where there is none; it would find every prompt empty.
+    if not any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
+        raise ValueError(f"model {directory}: found no tokenizer in it")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {directory}: its tokenizer cannot be read: {error}") from error
 
 
 def _finish(row: list[int], ends: frozenset[int]) -> str:

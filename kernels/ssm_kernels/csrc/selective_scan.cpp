@@ -149,18 +149,20 @@ void step_group(const ScanArguments& args, const StateRows& b, const StateRows& 
   for (int k = 0; k < blocks_of_group(group, args.channels); ++k) {
     const int64_t channel = group * kGroup + k * kLanes;
     const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
+    const float* from = args.initial.data ? slot(args.initial, args.slots, sequence, channel) : nullptr;
+    float* to = args.final.data ? slot(args.final, args.slots, sequence, channel) : nullptr;
     vfloat products[kLanes] = {};
     for (int i = 0; i < channels; ++i) {
       const float* a = args.a + (channel + i) * states;
-      const float* from = args.initial.data ? slot(args.initial, args.slots, sequence, channel + i) : nullptr;
-      float* to = args.final.data ? slot(args.final, args.slots, sequence, channel + i) : nullptr;
       const float dt = tile.dt[k * kLanes + i] * kLog2E, u = tile.u[k * kLanes + i];
+      vfloat total = {};
       for (int64_t n = 0; n < states; n += kLanes) {
-        const vfloat before = from ? load(from + n) : vfloat{};
+        const vfloat before = from ? load(from + i * args.initial.channel_stride + n) : vfloat{};
         const vfloat h = exp2(dt * load(a + n)) * before + u * load(b_row + n);
-        if (to) store(to + n, h);
-        products[i] += h * load(c_row + n);
+        if (to) store(to + i * args.final.channel_stride + n, h);
+        total += h * load(c_row + n);
       }
+      products[i] = total;
     }
     store(tile.y + k * kLanes, row_sums(products));
   }

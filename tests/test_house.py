@@ -1,0 +1,109 @@
+"""The rules of the house, as tests: which package may import which, what they are called, what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "ssm_kernels": ROOT / "kernels" / "ssm_kernels",
+    "megatron_ssm": ROOT / "megatron_ssm",
+    "deepspeed_inference": ROOT / "deepspeed_inference",
+}
+NEVER = {
+    "ssm_kernels": {"megatron_ssm", "deepspeed_inference", "megatron", "deepspeed", "transformers", "tools"},
+    "megatron_ssm": {"deepspeed_inference", "deepspeed", "tools"},
+    "deepspeed_inference": {"tools"},
+}
+FILES = [(package, file) for package, folder in FOLDERS.items() for file in sorted(folder.rglob("*.py"))]
+README = (ROOT / "README.md").read_text()
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(("package", "file"), FILES, ids=[str(file.relative_to(ROOT)) for _, file in FILES])
+def test_arrows_point_one_way_and_every_file_says_what_it_is(package, file):
+    tree = ast.parse(file.read_text())
+    assert not _imports(tree) & NEVER[package]
+    assert ast.get_docstring(tree), "a module begins with what it is"
+    assert file.stem not in {"utils", "util", "helpers", "common", "misc", "manager"}
+
+
+def test_only_the_collectives_call_collectives():
+    calls = re.compile(r"\bdist\.(all_|reduce|broadcast|gather|barrier|send|recv)|torch\.distributed\.(all_|reduce|broad)")
+    for package, file in FILES:
+        if "collectives" not in file.parts:
+            assert not calls.search(file.read_text()), f"{package}: {file.name} calls a collective"
+
+
+def test_nothing_is_importable_as_kernels():
+    assert importlib.util.find_spec("kernels") is None or importlib.util.find_spec("kernels").origin is None
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_every_public_name_can_be_imported_and_says_what_it_is(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name).__doc__, f"{package}.{name} has no docstring"
+    assert set(module.__all__) <= set(dir(module))
+
+
+def test_help_comes_without_loading_the_stack():
+    code = "import sys; sys.argv = ['infer.py', '--help']\ntry:\n import infer; infer.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'deepspeed', 'transformers', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def test_every_make_target_of_the_readme_is_there():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([a-z-]+)\b", README))
+    assert {"infer", "test", "bench"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"README names make {target}"
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|yaml|md|txt|cpp))`", README):
+        found = [ROOT / name, *(folder / name for folder in FOLDERS.values()), ROOT / "kernels" / name]
+        assert any(path.exists() for path in found), f"README names {name}"
+
+
+def test_every_option_of_the_readmes_commands_is_known():
+    from deepspeed_inference.config import command_line_parser
+
+    known = command_line_parser().format_help()
+    for line in README.splitlines():
+        if "infer.py" in line:
+            for flag in re.findall(r"(?<=infer\.py).*", line)[0].split():
+                if flag.startswith("--"):
+                    assert flag.split("=")[0] in known, f"README uses {flag}"
+
+
+def test_the_readmes_python_runs(tmp_path):
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "init_inference" in block]
+    assert blocks
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, capture_output=True, timeout=120)
+
+
+def test_licence_and_changelog_are_there():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert "0.1.0" in (ROOT / "CHANGELOG.md").read_text()
