@@ -46,7 +46,9 @@ def test_arrows_point_one_way_and_every_file_says_what_it_is(package, file):
 
 
 def test_only_the_collectives_call_collectives():
-    calls = re.compile(r"\bdist\.(all_|reduce|broadcast|gather|barrier|send|recv)|torch\.distributed\.(all_|reduce|broad)")
+    calls = re.compile(
+        r"\bdist\.(all_|reduce|broadcast|gather|barrier|send|recv)|torch\.distributed\.(all_|reduce|broad)"
+    )
     for package, file in FILES:
         if "collectives" not in file.parts:
             assert not calls.search(file.read_text()), f"{package}: {file.name} calls a collective"
@@ -75,7 +77,7 @@ def test_help_comes_without_loading_the_stack():
 def test_every_make_target_of_the_readme_is_there():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"\bmake ([a-z-]+)\b", README))
-    assert {"infer", "test", "bench"} <= targets
+    assert {"infer", "test", "bench", "demo"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"README names make {target}"
 

@@ -1,0 +1,204 @@
+"""Measures the main job: against transformers, over ranks and threads, and the memory of loading.
+
+What is compared runs in one process (or in processes that sleep in turn) and is interleaved round by round, so that a
+machine whose speed drifts slows all of it alike. Ratios are medians over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SHAPE_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
+PROMPT = 512
+
+
+def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict:
+    """Prefill of 512 tokens and single-stream decode, ours and transformers', all cores, random weights."""
+    from deepspeed_inference.engine import init_inference
+
+    theirs, ids = _random_model(shape).to(dtype), _prompt(shape)
+    engine = init_inference(_random_model(shape), dtype=dtype)
+    context = engine.new_context(1)
+    with torch.inference_mode():
+        cache = theirs(ids[:, :8]).cache_params
+        engine.prefill(ids[:, :8], context)
+        timed = {
+            "their_prefill": lambda: theirs(ids, logits_to_keep=1),
+            "our_prefill": lambda: engine.prefill(ids, engine.new_context(1)),
+            "their_decode": lambda: [theirs(ids[:, :1], cache_params=cache) for _ in range(decode_steps)],
+            "our_decode": lambda: [engine.decode(ids[:, :1], context) for _ in range(decode_steps)],
+        }
+        seconds = _interleaved(timed, rounds)
+    return {
+        "their_prefill_tokens_per_second": PROMPT / statistics.median(seconds["their_prefill"]),
+        "our_prefill_tokens_per_second": PROMPT / statistics.median(seconds["our_prefill"]),
+        "their_decode_ms": 1e3 * statistics.median(seconds["their_decode"]) / decode_steps,
+        "our_decode_ms": 1e3 * statistics.median(seconds["our_decode"]) / decode_steps,
+        "prefill_speedup": _ratio(seconds["their_prefill"], seconds["our_prefill"]),
+        "decode_speedup": _ratio(seconds["their_decode"], seconds["our_decode"]),
+    }
+
+
+def over_ranks(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict:
+    """One rank of one thread, one rank of two, and two ranks of one: prefill and decode."""
+    seconds = _on_ranks(_time_layouts, 2, dtype, rounds, decode_steps, shape)[0]
+    result = {}
+    for layout in ("1x1", "1x2", "2x1"):
+        result[f"{layout}_prefill_tokens_per_second"] = PROMPT / statistics.median(seconds[f"{layout}_prefill"])
+        result[f"{layout}_decode_ms"] = 1e3 * statistics.median(seconds[f"{layout}_decode"]) / decode_steps
+    result["prefill_speedup_of_2_ranks_over_1"] = _ratio(seconds["1x1_prefill"], seconds["2x1_prefill"])
+    result["decode_time_of_2_ranks_over_2_threads"] = _ratio(seconds["2x1_decode"], seconds["1x2_decode"])
+    return result
+
+
+def memory_of_loading(ranks: int, dtype: torch.dtype, shape: dict) -> dict:
+    """Anonymous memory that each rank gains at most while it loads, beside its share of the parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = _random_model(shape).to(dtype)
+        model.save_pretrained(folder)
+        total = sum({id(p): p.nbytes for p in model.parameters()}.values())
+        largest = max(parameter.nbytes for parameter in model.parameters())
+        del model
+        grown = _on_ranks(_load_and_watch, ranks, folder, dtype)
+    allowed = 1.15 * total / ranks + largest
+    return {
+        "ranks": ranks,
+        "share_mb": total / ranks / 1e6,
+        "largest_tensor_mb": largest / 1e6,
+        "allowed_mb": allowed / 1e6,
+        "grown_mb": [value / 1e6 for value in grown],
+        "within": max(grown) <= allowed,
+    }
+
+
+def _time_layouts(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict[str, list[float]]:
+    import torch.distributed as dist
+
+    from deepspeed_inference.engine import init_inference
+    from megatron_ssm.collectives import make_reduction
+
+    torch.set_num_threads(1)
+    both = init_inference(_random_model(shape), dtype=dtype, threads=1)
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    rank = dist.get_rank()
+    sleep = make_reduction(dist.group.WORLD, "cpu", kind="torch")  # its barrier does not spin
+    parallel = {"tp_size": 1, "tp_group": groups[rank]}
+    alone = init_inference(_random_model(shape), dtype=dtype, tensor_parallel=parallel)
+    ids = _prompt(shape)
+    seconds: dict[str, list[float]] = {}
+
+    def measure(layout: str, engine, threads: int) -> None:
+        torch.set_num_threads(threads)
+        context = engine.new_context(1)
+        engine.prefill(ids[:, :8], context)
+        for name, action in {
+            "prefill": lambda: engine.prefill(ids, engine.new_context(1)),
+            "decode": lambda: [engine.decode(ids[:, :1], context) for _ in range(decode_steps)],
+        }.items():
+            began = time.perf_counter()
+            action()
+            seconds.setdefault(f"{layout}_{name}", []).append(time.perf_counter() - began)
+
+    for turn in range(rounds + 1):
+        for layout, threads in (("1x1", 1), ("1x2", 2)):
+            if rank == 0:
+                measure(layout, alone, threads)
+            sleep.barrier()  # the other rank sleeps here meanwhile
+        measure("2x1", both, 1)
+        sleep.barrier()
+        if turn == 0:
+            seconds.clear()  # the first round warms up
+    return seconds
+
+
+def _load_and_watch(folder: str, dtype: torch.dtype) -> int:
+    from deepspeed_inference.engine import init_inference
+
+    before, peak, done = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    init_inference(folder, dtype=dtype)
+    done.set()
+    watcher.join()
+    return max(peak, _anonymous_bytes()) - before
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def _interleaved(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(rounds + 1):
+        for name, action in actions.items():
+            began = time.perf_counter()
+            action()
+            if turn:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def _random_model(shape: dict):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(**shape)).eval()
+
+
+def _prompt(shape: dict) -> torch.Tensor:
+    return torch.randint(1, shape["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
+def _on_ranks(function: Callable, ranks: int, *arguments) -> list:
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(ranks):
+        ours, theirs = context.Pipe()
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        process = context.Process(target=_rank_main, args=(launch, theirs, function, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return [pipe.recv() for pipe in pipes]
+    except EOFError as error:
+        raise RuntimeError("a rank of the benchmark died; its error is above") from error
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+
+
+def _rank_main(launch: dict, pipe, function: Callable, arguments: tuple) -> None:
+    from deepspeed_inference.quiet import quiet
+
+    os.environ.update({name: str(value) for name, value in launch.items()}, MASTER_ADDR="127.0.0.1")
+    quiet()
+    import deepspeed_inference.engine  # noqa: F401 (the imports come before what is measured)
+
+    pipe.send(function(*arguments))

@@ -1,0 +1,102 @@
+"""The numbers of README.md: `make bench`. Writes benchmarks/main_job.json and prints the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+from deepspeed_inference.quiet import quiet
+
+
+def hardware() -> dict:
+    import deepspeed
+    import torch
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "avx512_bf16": "avx512_bf16" in flags,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def table(results: dict) -> str:
+    bf16, fp32 = results["transformers_bfloat16"], results["transformers_float32"]
+    ranks, memory = results["ranks"], results["memory"]
+    rows = [
+        ("prefill of 512, bf16", *_prefill(bf16), "10×"),
+        ("prefill of 512, fp32", *_prefill(fp32), "5×"),
+        ("decode, bf16", *_decode(bf16), "1.8×"),
+        ("decode, fp32", *_decode(fp32), "–"),
+    ]
+    lines = ["| | transformers | ours | ratio | wanted |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", "| bf16, ranks × threads | 1 × 1 | 1 × 2 | 2 × 1 | ratio | wanted |", "|---|---|---|---|---|---|"]
+    prefill = [f"{ranks[f'{layout}_prefill_tokens_per_second']:,.0f} tokens/s" for layout in ("1x1", "1x2", "2x1")]
+    decode = [f"{ranks[f'{layout}_decode_ms']:.1f} ms" for layout in ("1x1", "1x2", "2x1")]
+    faster = f"{ranks['prefill_speedup_of_2_ranks_over_1']:.2f}× of 1 × 1"
+    slower = f"{ranks['decode_time_of_2_ranks_over_2_threads']:.2f}× the time of 1 × 2"
+    lines.append("| " + " | ".join(["prefill of 512", *prefill, faster, "≥ 1.7×"]) + " |")
+    lines.append("| " + " | ".join(["decode", *decode, slower, "≤ 1.1×"]) + " |")
+    lines.append("")
+    lines.append(
+        f"Loading {memory['share_mb'] * memory['ranks']:,.0f} MB of parameters at {memory['ranks']} ranks: each rank "
+        f"grows by at most {max(memory['grown_mb']):,.0f} MB; its share is {memory['share_mb']:,.0f} MB, allowed are "
+        f"{memory['allowed_mb']:,.0f} MB (share + 15 % + the largest tensor)."
+    )
+    return "\n".join(lines)
+
+
+def _prefill(result: dict) -> tuple[str, str, str]:
+    theirs, ours = result["their_prefill_tokens_per_second"], result["our_prefill_tokens_per_second"]
+    return f"{theirs:,.0f} tokens/s", f"{ours:,.0f} tokens/s", f"**{result['prefill_speedup']:.1f}×**"
+
+
+def _decode(result: dict) -> tuple[str, str, str]:
+    return (
+        f"{result['their_decode_ms']:.1f} ms",
+        f"{result['our_decode_ms']:.1f} ms",
+        f"**{result['decode_speedup']:.2f}×**",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--decode-steps", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/main_job.json"))
+    arguments = parser.parse_args()
+    quiet()
+    import torch
+
+    from deepspeed_inference import bench_main_job as bench
+
+    shape = {**bench.SHAPE_130M, "num_hidden_layers": arguments.layers}
+    each = (arguments.rounds, arguments.decode_steps, shape)
+    results = {"hardware": hardware(), "shape": shape, "rounds": arguments.rounds}
+    for name, measure in {
+        "ranks": lambda: bench.over_ranks(torch.bfloat16, *each),
+        "memory": lambda: bench.memory_of_loading(4, torch.float32, shape),
+        "transformers_float32": lambda: bench.against_transformers(torch.float32, *each),
+        "transformers_bfloat16": lambda: bench.against_transformers(torch.bfloat16, *each),
+    }.items():
+        print(f"measuring {name} …", flush=True)
+        results[name] = measure()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{json.dumps(results['hardware'])}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
