@@ -35,6 +35,7 @@ demo: $(READY)
 	$(BIN)/python tools/train_demo.py $(ARGS)
 
 wheel: $(READY)
+	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 setup: $(READY)

@@ -4,12 +4,16 @@
 transformers, which probes for one of that name. Presets and the demo model travel as package data.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="megatron-ssm",
     version="0.1.0",
     description="Tensor-parallel selective state-space language models on Megatron-core and DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
@@ -50,7 +54,7 @@ setup(
         "psutil",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff"],
+        "test": ["pytest", "hypothesis", "ruff", "setuptools>=70"],
         "tools": ["matplotlib"],
     },
     entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.cli:main"]},

@@ -6,7 +6,6 @@ blocks; Hugging Face's forward and generate stay available over the same modules
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,10 +22,11 @@ from deepspeed_inference.config import InferenceConfig, read_preset
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.generate import stream
 from deepspeed_inference.packing import Packing
+from deepspeed_inference.placement import Placement
 from deepspeed_inference.pretrained import empty_model, model_directory, read_config
 from deepspeed_inference.sampling import Sampling
 from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource
-from megatron_ssm.collectives import ParallelGroups, Reduction, init_groups, make_reduction
+from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family, family_of
 
 
@@ -47,25 +47,24 @@ def init_inference(
         ValueError: on every rank, whatever is wrong with the options, the model or its checkpoint.
     """
     options = _options(model, config, keywords)
-    device = _device(options.device)
-    groups = _groups(options, device)
-    _set_threads(options, groups, device)
-    ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
-    reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
+    place = Placement.of(options)
+    reduction = place.reduction
     error = None
     try:
         module, family, source, dtype = _open(model if isinstance(model, PreTrainedModel) else options.model, options)
     except ValueError as failure:
         error = failure
     reduction.agree(error)
-    show = options.progress and reduction.rank == 0 and groups.replica == 0
+    show = options.progress and place.is_first
 
     def progress(names):
         return tqdm(names, desc="loading", unit=" tensors", disable=None if show else True, leave=False)
 
-    policy.inject(module, family, source, reduction=reduction, dtype=dtype, device=device, progress=progress)
+    policy.inject(module, family, source, reduction=reduction, dtype=dtype, device=place.device, progress=progress)
     source.close()
-    return SSMInferenceEngine(module, family, reduction=reduction, groups=groups, dtype=dtype, kernels=options.kernels)
+    return SSMInferenceEngine(
+        module, family, reduction=reduction, groups=place.groups, dtype=dtype, kernels=options.kernels
+    )
 
 
 class SSMInferenceEngine(InferenceEngine):
@@ -305,37 +304,6 @@ def _open(model, options: InferenceConfig):
     source = SafetensorsSource(directory, family.renames)
     dtype = options.dtype or getattr(config, "dtype", None) or torch.float32
     return empty_model(config, family, directory), family, source, dtype
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device: expected one that this machine has, found cuda and no GPU")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return torch.device(name)
-
-
-def _groups(options: InferenceConfig, device: torch.device) -> ParallelGroups:
-    group = options.tensor_parallel.tp_group
-    if group is not None:
-        return ParallelGroups.of(group, options.tensor_parallel.tp_size)
-    return init_groups(options.tensor_parallel.tp_size, device.type, options.reduction_timeout)
-
-
-def _set_threads(options: InferenceConfig, groups: ParallelGroups, device: torch.device) -> None:
-    threads = options.threads
-    if threads is None:
-        if options.tensor_parallel.tp_group is not None or device.type != "cpu":
-            return  # whoever made the group looks after its processes
-        # Ranks on one host share its cores. torchrun sets OMP_NUM_THREADS by itself: it says nothing of the user.
-        chosen = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-        ranks = groups.local_ranks()
-        if ranks == 1 or chosen:
-            return
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    torch.set_num_threads(threads)
 
 
 def _check_lengths(lengths, rows: int, width: int) -> torch.Tensor:

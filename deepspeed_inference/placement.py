@@ -1,0 +1,72 @@
+"""Placement: where this rank runs: its device, its threads, and the ranks that share its model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+import ssm_kernels
+from deepspeed_inference.config import InferenceConfig
+from megatron_ssm.collectives import ParallelGroups, Reduction, init_groups, make_reduction
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this rank stands.
+
+    Args:
+        device: that its parameters and state lie on.
+        groups: the ranks of its model, and the replicas.
+        reduction: through which the ranks of its model add their partial results.
+    """
+
+    device: torch.device
+    groups: ParallelGroups
+    reduction: Reduction
+
+    @classmethod
+    def of(cls, options: InferenceConfig) -> Placement:
+        """Set up what the options ask for. Every rank calls it.
+
+        Raises:
+            ValueError: there is no such device, or the launched ranks cannot be grouped as asked for.
+        """
+        device = _device(options.device)
+        group = options.tensor_parallel.tp_group
+        if group is not None:
+            groups = ParallelGroups.of(group, options.tensor_parallel.tp_size)
+        else:
+            groups = init_groups(options.tensor_parallel.tp_size, device.type, options.reduction_timeout)
+        threads = options.threads or (_fair_threads(groups) if group is None and device.type == "cpu" else None)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
+        reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
+        return cls(device, groups, reduction)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of all."""
+        return self.groups.replica == 0 and self.groups.tensor_rank == 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device: expected one that this machine has, found cuda and no GPU")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(name)
+
+
+def _fair_threads(groups: ParallelGroups) -> int | None:
+    """This rank's share of its host's cores; None where one rank has the host, or the user has chosen."""
+    # torchrun sets OMP_NUM_THREADS by itself, so under it the variable says nothing of the user.
+    chosen = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    ranks = groups.local_ranks()
+    if ranks == 1 or chosen:
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
