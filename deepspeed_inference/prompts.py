@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
         if line.strip():
             prompts.append(_parse(line, len(prompts), f"{file}:{number}"))
     return prompts
+
+
+def check_output(file: str | None) -> None:
+    """Raise ValueError if answers cannot be written to `file`, before anything is computed for them."""
+    if file is not None and (Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK)):
+        raise ValueError(f"output: cannot write {file}: it is a directory, or its directory is not writable")
 
 
 def answer(prompt: Prompt, text: str, tokens: int, finish: str) -> dict:

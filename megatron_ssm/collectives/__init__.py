@@ -2,7 +2,16 @@
 
 from megatron_ssm.collectives.factory import make_reduction
 from megatron_ssm.collectives.groups import ParallelGroups, init_groups
-from megatron_ssm.collectives.reduction import EMBEDDING, OUT_PROJ, X_PROJ, Handle, Reduction, Site, Traffic
+from megatron_ssm.collectives.reduction import (
+    EMBEDDING,
+    OUT_PROJ,
+    X_PROJ,
+    Handle,
+    Reduction,
+    ReductionError,
+    Site,
+    Traffic,
+)
 
 __all__ = [
     "EMBEDDING",
@@ -11,6 +20,7 @@ __all__ = [
     "Handle",
     "ParallelGroups",
     "Reduction",
+    "ReductionError",
     "Site",
     "Traffic",
     "init_groups",

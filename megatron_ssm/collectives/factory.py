@@ -6,11 +6,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ssm.collectives.reduction import Reduction
-from megatron_ssm.collectives.shared_memory import (
-    DEFAULT_TIMEOUT_SECONDS,
-    SharedMemoryReduction,
-    SharedMemoryUnavailable,
-)
+from megatron_ssm.collectives.segment import SharedMemoryUnavailable
+from megatron_ssm.collectives.shared_memory import DEFAULT_TIMEOUT_SECONDS, SharedMemoryReduction
 from megatron_ssm.collectives.torch_reduction import LocalReduction, TorchReduction
 
 KINDS = ("auto", "torch", "shared_memory")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ssm.collectives.host import host_identity
+from megatron_ssm.collectives.reduction import as_reduction_error
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 _FAREWELL_SECONDS = 0.1
@@ -75,7 +76,8 @@ class ParallelGroups:
             return [obj]
         is_first = self.replica == 0 and self.tensor_rank == 0
         gathered = [None] * self.world_size if is_first else None
-        dist.gather_object(obj if self.tensor_rank == 0 else None, gathered, dst=0)
+        with as_reduction_error("the gathering of the replicas' results"):
+            dist.gather_object(obj if self.tensor_rank == 0 else None, gathered, dst=0)
         return gathered[:: self.tensor_size] if gathered is not None else None
 
     def local_ranks(self) -> int:
@@ -86,7 +88,8 @@ class ParallelGroups:
             if name in os.environ:
                 return int(os.environ[name])
         hosts = [None] * self.world_size
-        dist.all_gather_object(hosts, host_identity())
+        with as_reduction_error("an exchange of objects"):
+            dist.all_gather_object(hosts, host_identity())
         return hosts.count(host_identity())
 
 

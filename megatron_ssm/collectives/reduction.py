@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,21 @@ X_PROJ = Site("x_proj", backward_reduces=True)
 EMBEDDING = Site("embedding", backward_reduces=False)
 COLUMN_INPUT = Site("column_input", backward_reduces=True)
 ALL_GATHER = Site("all_gather", backward_reduces=False)
+
+
+class ReductionError(RuntimeError):
+    """A rank died, gave up, did not arrive in time or does something else. The reduction cannot be used any more."""
+
+
+@contextmanager
+def as_reduction_error(operation: str) -> Iterator[None]:
+    """Turn what a backend of torch.distributed raises, plain RuntimeErrors, into ReductionErrors of `operation`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ReductionError(
+            f"{operation}: torch.distributed failed, most likely because another rank has ended: {error}"
+        ) from error
 
 
 class Traffic:

@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ssm.collectives.reduction import ALL_GATHER, DoneHandle, Handle, Reduction, Site
-from megatron_ssm.collectives.segment import Segment, SharedMemoryUnavailable
+from megatron_ssm.collectives.reduction import ALL_GATHER, DoneHandle, Handle, Reduction, ReductionError, Site
+from megatron_ssm.collectives.segment import Segment
 from megatron_ssm.collectives.torch_reduction import TorchReduction
-
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "ReductionError", "SharedMemoryReduction", "SharedMemoryUnavailable"]
 
 # Ranks may load their slices of a checkpoint at different speeds.
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -30,10 +28,6 @@ _GATHER = 4
 _FAILURES = {2: "died", 3: "gave up or closed its reduction", 4: "came with another operation, shape or dtype"}
 _TIMED_OUT = 1
 _BARRIER = Site("barrier", backward_reduces=False)
-
-
-class ReductionError(RuntimeError):
-    """A rank died, gave up, did not arrive in time or does something else. The reduction cannot be used any more."""
 
 
 class SharedMemoryReduction(Reduction):

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ssm.collectives.reduction import ALL_GATHER, DoneHandle, Handle, Reduction, Site, Traffic
+from megatron_ssm.collectives.reduction import (
+    ALL_GATHER,
+    DoneHandle,
+    Handle,
+    Reduction,
+    Site,
+    Traffic,
+    as_reduction_error,
+)
 
 
 class LocalReduction(Reduction):
@@ -55,11 +63,13 @@ class TorchReduction(Reduction):
 
     def exchange(self, value: Any) -> list[Any]:
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with as_reduction_error("an exchange of objects"):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
-        dist.barrier(self.group)
+        with as_reduction_error("a barrier"):
+            dist.barrier(self.group)
 
     def _start(self, partial: Tensor, site: Site) -> Handle:
         # A copy, because the backend sums in place.
@@ -67,7 +77,8 @@ class TorchReduction(Reduction):
         if buffer.numel() == 0:
             return DoneHandle(buffer)
         self.traffic.record(site.name, buffer.nbytes)
-        return _TorchHandle(dist.all_reduce(buffer, group=self.group, async_op=True), buffer)
+        with as_reduction_error(site.name):
+            return _TorchHandle(dist.all_reduce(buffer, group=self.group, async_op=True), buffer, site)
 
     def _all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         source = tensor.detach().contiguous()
@@ -77,17 +88,20 @@ class TorchReduction(Reduction):
         # As bytes: gloo refuses several dtypes that a gather has no reason to look at.
         payload = source.reshape(-1).view(torch.uint8)
         payloads = [torch.empty_like(payload) for _ in range(self.size)]
-        dist.all_gather(payloads, payload, group=self.group)
+        with as_reduction_error(ALL_GATHER.name):
+            dist.all_gather(payloads, payload, group=self.group)
         return torch.cat([payload.view(source.dtype).reshape(source.shape) for payload in payloads], dim)
 
 
 class _TorchHandle(Handle):
-    def __init__(self, work: dist.Work, buffer: Tensor) -> None:
+    def __init__(self, work: dist.Work, buffer: Tensor, site: Site) -> None:
         self._work: dist.Work | None = work
         self._buffer = buffer
+        self._site = site
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            with as_reduction_error(self._site.name):
+                self._work.wait()
             self._work = None
         return self._buffer

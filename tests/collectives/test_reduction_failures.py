@@ -10,8 +10,8 @@ import pytest
 import torch
 from ranks import RankContext, launch_ranks
 
-from megatron_ssm.collectives import OUT_PROJ, X_PROJ, init_groups, make_reduction
-from megatron_ssm.collectives.shared_memory import ReductionError, SharedMemoryReduction
+from megatron_ssm.collectives import OUT_PROJ, X_PROJ, ReductionError, init_groups, make_reduction
+from megatron_ssm.collectives.shared_memory import SharedMemoryReduction
 
 
 def wait_for_a_late_rank(context: RankContext) -> None:
