@@ -42,6 +42,8 @@ setup: $(READY)
 
 # torch by its exact pin first: a range may pull a build for another accelerator.
 $(READY): constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expected Python 3.11 or newer as $(PYTHON); name another: make PYTHON=python3.11"; exit 1; }
 	@echo "setting up $(VENV) (once, a minute or two)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"

@@ -47,6 +47,9 @@ class HFAdapter(SSMBlock):
             mask = attention_mask[:, -hidden_states.shape[1] :].bool()  # it may cover what the cache has seen too
             packing = None if mask.all() else Packing.from_mask(mask)
         if isinstance(cache_params, SSMInferenceContext):
+            if cache_params.batch_size != hidden_states.shape[0]:
+                rows = hidden_states.shape[0]
+                raise ValueError(f"expected {cache_params.batch_size} rows, as the context has, found {rows}")
             output = self._run(hidden_states, cache_params.layer(self.layer_idx), packing)
             if self.is_last:
                 cache_params.advance(packing.lengths.cpu() if packing else hidden_states.shape[1])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.prompts import Prompt, check_output, read_prompts, refusal
@@ -44,42 +45,56 @@ def _run(config: InferenceConfig, prompts: list[Prompt]) -> int:
 
 
 def _answer_all(session, config: InferenceConfig, prompts: list[Prompt]) -> int:
-    checked = [session.check(prompt) for prompt in prompts]
-    for prompt in checked:
-        if prompt.error is not None and prompt.origin.startswith("--prompt"):
-            raise ValueError(prompt.error)
-        if prompt.error is not None:
-            session.say(f"infer.py: {prompt.error}", file=sys.stderr)
-    answers = {prompt.index: refusal(prompt) for prompt in checked if prompt.error is not None}
-    runnable = [prompt for prompt in checked if prompt.error is None]
-    if config.prompts is None and session.engine.groups.replicas == 1:
-        results = session.stream(runnable, echo=not config.json)
-    else:
-        results = session.batches(runnable)
-    answers |= {result["index"]: result for result in results}
-    summary = session.summary()
-    if session.is_first:
-        _write([answers[index] for index in sorted(answers)], summary, config)
-    return FAILED if any("error" in record for record in answers.values()) else 0
-
-
-def _write(answers: list[dict], summary: dict, config: InferenceConfig) -> None:
     from deepspeed_inference.report import table
 
-    if config.output is not None:
+    checked = [session.check(prompt) for prompt in prompts]
+    refused = [prompt for prompt in checked if prompt.error is not None]
+    for prompt in refused:
+        if prompt.origin.startswith("--prompt"):
+            raise ValueError(prompt.error)
+        session.say(f"infer.py: {prompt.error}", file=sys.stderr)
+    runnable = [prompt for prompt in checked if prompt.error is None]
+    streams = config.prompts is None and session.engine.groups.replicas == 1
+    echo = streams and not config.json
+    answers = session.stream(runnable, echo) if streams else session.batches(runnable)
+    with _writer(config, session.is_first, echo) as write:
+        for record in _in_order(answers, map(refusal, refused)):
+            write(record)
+    summary = session.summary()
+    if session.is_first:
+        print(json.dumps({"summary": summary}) if config.json else f"\n\n{table(summary)}", flush=True)
+    return FAILED if refused else 0
+
+
+def _in_order(answers: Iterable[dict], refusals: Iterable[dict]) -> Iterator[dict]:
+    """Both, by index; each comes in that order, and an answer is passed on as soon as it is there."""
+    waiting = list(refusals)
+    for record in answers:
+        while waiting and waiting[0]["index"] < record["index"]:
+            yield waiting.pop(0)
+        yield record
+    yield from waiting
+
+
+@contextmanager
+def _writer(config: InferenceConfig, is_first: bool, echoed: bool):
+    """What a record is handed to: the output file, or the terminal where it has not been streamed there already."""
+    if not is_first:
+        yield lambda record: None
+    elif config.output is not None:
         with open(config.output, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in answers)
-    if config.json:
-        if config.output is None:
-            for record in answers:
-                print(json.dumps(record, ensure_ascii=False))
-        print(json.dumps({"summary": summary}))
+            yield lambda record: print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+    elif config.json:
+        yield lambda record: print(json.dumps(record, ensure_ascii=False), flush=True)
+    elif echoed:
+        yield lambda record: None
     else:
-        if config.prompts is not None and config.output is None:
-            for record in answers:
-                if "error" not in record:
-                    print(f"── {record['index'] + 1}\n{record['prompt']}{record['text']}")
-        print(f"\n{table(summary)}", flush=True)
+        yield _print_answer
+
+
+def _print_answer(record: dict) -> None:
+    if "error" not in record:
+        print(f"── {record['index'] + 1}\n{record['prompt']}{record['text']}", flush=True)
 
 
 def _default_prompts(config: InferenceConfig) -> list[str]:
@@ -91,6 +106,6 @@ def _default_prompts(config: InferenceConfig) -> list[str]:
 
 
 def _tell(error: Exception, status: int) -> int:
-    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     sys.stderr.write(f"infer.py: error{rank}: {error}\n")  # one write, so that ranks do not mix their lines
     return status

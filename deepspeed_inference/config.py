@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from deepspeed_inference.validation import check_sampling, in_range, one_of
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -47,8 +49,7 @@ class TensorParallelConfig:
     tp_group: object = None
 
     def __post_init__(self):
-        if self.tp_size is not None and (not isinstance(self.tp_size, int) or self.tp_size < 1):
-            raise ValueError(f"tensor_parallel.tp_size: expected a positive integer, found {self.tp_size!r}")
+        in_range("tensor_parallel.tp_size", self.tp_size, int, lambda value: value >= 1, "a positive integer", True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +92,22 @@ class InferenceConfig:
     def __post_init__(self):
         object.__setattr__(self, "tensor_parallel", _tensor_parallel(self.tensor_parallel))
         object.__setattr__(self, "dtype", _dtype(self.dtype))
-        object.__setattr__(self, "prompt", [self.prompt] if isinstance(self.prompt, str) else list(self.prompt))
-        _one_of("device", self.device.split(":")[0], ("auto", "cpu", "cuda"))
-        _one_of("kernels", self.kernels, ("auto", "native", "reference"))
-        _one_of("reduction", self.reduction, ("auto", "shared_memory", "torch"))
-        _in_range("threads", self.threads, int, lambda value: value >= 1, "a positive integer", optional=True)
-        _in_range("reduction_timeout", self.reduction_timeout, (int, float), lambda value: value > 0, "seconds > 0")
-        _in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
-        _in_range("batch_size", self.batch_size, int, lambda value: value >= 1, "a positive integer")
-        _in_range("seed", self.seed, int, lambda value: True, "an integer")
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        object.__setattr__(self, "prompt", _texts(self.prompt))
+        for name in ("model", "prompts", "output"):
+            in_range(name, getattr(self, name), (str, Path), lambda value: str(value) != "", "a path", optional=True)
+        for name in ("progress", "json"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+        one_of("device", str(self.device).split(":")[0], ("auto", "cpu", "cuda"))
+        one_of("kernels", self.kernels, ("auto", "native", "reference"))
+        one_of("reduction", self.reduction, ("auto", "shared_memory", "torch"))
+        in_range("threads", self.threads, int, lambda value: value >= 1, "a positive integer", optional=True)
+        in_range(
+            "reduction_timeout", self.reduction_timeout, (int, float), lambda value: 0 < value < 1e9, "seconds > 0"
+        )
+        in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
+        in_range("batch_size", self.batch_size, int, lambda value: value >= 1, "a positive integer")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
     @classmethod
     def from_dict(cls, options: Mapping) -> InferenceConfig:
@@ -174,13 +181,6 @@ def command_line_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError where a sampling parameter is out of its range."""
-    _in_range("temperature", temperature, (int, float), lambda value: 0 <= value < float("inf"), "a number >= 0")
-    _in_range("top_k", top_k, int, lambda value: value >= 0, "an integer >= 0")
-    _in_range("top_p", top_p, (int, float), lambda value: 0 < value <= 1, "a number in (0, 1]")
-
-
 def _tensor_parallel(value) -> TensorParallelConfig:
     if isinstance(value, TensorParallelConfig):
         return value
@@ -194,21 +194,16 @@ def _tensor_parallel(value) -> TensorParallelConfig:
 
 
 def _dtype(value) -> torch.dtype | None:
-    if value is None or value in DTYPES.values():
+    if value is None or (isinstance(value, torch.dtype) and value in DTYPES.values()):
         return value
-    name = _SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+    name = _SHORT_DTYPES.get(value, value) if isinstance(value, str) else None
     if name not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {value!r}")
     return DTYPES[name]
 
 
-def _one_of(name: str, value, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
-
-
-def _in_range(name: str, value, kind, test, expected: str, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not isinstance(value, kind) or isinstance(value, bool) or not test(value):
-        raise ValueError(f"{name}: expected {expected}, found {value!r}")
+def _texts(value) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompt: expected a text or a list of texts, found {value!r}")
+    return list(texts)

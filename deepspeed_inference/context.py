@@ -65,7 +65,7 @@ class SSMInferenceContext(Cache):
         Raises:
             ValueError: the context was freed.
         """
-        self._check_alive()
+        self.check_alive()
         return self._states[index]
 
     @torch.inference_mode(False)
@@ -75,7 +75,7 @@ class SSMInferenceContext(Cache):
 
     def nbytes(self) -> int:
         """Bytes that the state takes on this rank."""
-        self._check_alive()
+        self.check_alive()
         return self._conv.nbytes + self._ssm.nbytes
 
     @torch.inference_mode(False)
@@ -88,17 +88,19 @@ class SSMInferenceContext(Cache):
         Raises:
             ValueError: an index is out of range.
         """
-        self._check_alive()
-        rows = torch.as_tensor(index, dtype=torch.int64).cpu()
-        if rows.dim() != 1 or not rows.numel() or rows.min() < 0 or rows.max() >= self.batch_size:
+        self.check_alive()
+        rows = torch.as_tensor(index).cpu()
+        is_list = rows.dim() == 1 and rows.numel() > 0 and not rows.is_floating_point()
+        if not is_list or rows.min() < 0 or rows.max() >= self.batch_size:
             raise ValueError(f"reorder: expected row indices in 0..{self.batch_size - 1}, found {rows.tolist()}")
+        rows = rows.to(torch.int64)
         there = rows.to(self._ssm.device)
         self._adopt(self._conv.index_select(1, there), self._ssm.index_select(1, there), self.positions[rows])
 
     @torch.inference_mode(False)
     def fork(self) -> SSMInferenceContext:
         """A copy that goes its own way from here."""
-        self._check_alive()
+        self.check_alive()
         copy = object.__new__(type(self))
         copy._adopt(self._conv.clone(), self._ssm.clone(), self.positions.clone())
         return copy
@@ -111,7 +113,7 @@ class SSMInferenceContext(Cache):
 
     def reset(self) -> None:
         """Forget everything: every row is an empty sequence again."""
-        self._check_alive()
+        self.check_alive()
         self._conv.zero_()
         self._ssm.zero_()
         self.positions.zero_()
@@ -143,9 +145,10 @@ class SSMInferenceContext(Cache):
             return f"{type(self).__name__}(freed)"
         return f"{type(self).__name__}(layers={len(self._states)}, positions={self.positions.tolist()})"
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise ValueError if the context was freed."""
         if self._conv is None:
-            raise ValueError("this context was freed; make another with engine.new_context")
+            raise ValueError("this context was freed, or its last step failed; make another with engine.new_context")
 
 
 class _CacheLayer(LinearAttentionLayer):

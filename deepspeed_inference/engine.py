@@ -6,11 +6,13 @@ blocks; Hugging Face's forward and generate stay available over the same modules
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
 from tqdm import tqdm
@@ -18,14 +20,15 @@ from transformers import PreTrainedModel
 
 import ssm_kernels
 from deepspeed_inference import policy
-from deepspeed_inference.config import InferenceConfig, read_preset
+from deepspeed_inference.config import DTYPES, InferenceConfig, read_preset
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.generate import stream
 from deepspeed_inference.packing import Packing
+from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
 from deepspeed_inference.pretrained import empty_model, model_directory, read_config
 from deepspeed_inference.sampling import Sampling
-from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource
+from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family, family_of
 
@@ -48,22 +51,30 @@ def init_inference(
     """
     options = _options(model, config, keywords)
     place = Placement.of(options)
-    reduction = place.reduction
-    error = None
-    try:
-        module, family, source, dtype = _open(model if isinstance(model, PreTrainedModel) else options.model, options)
-    except ValueError as failure:
-        error = failure
-    reduction.agree(error)
+    opened = place.reduction.together(lambda: _open(model, options))
     show = options.progress and place.is_first
 
     def progress(names):
         return tqdm(names, desc="loading", unit=" tensors", disable=None if show else True, leave=False)
 
-    policy.inject(module, family, source, reduction=reduction, dtype=dtype, device=place.device, progress=progress)
-    source.close()
+    policy.inject(
+        opened.model,
+        opened.family,
+        opened.source,
+        reduction=place.reduction,
+        dtype=opened.dtype,
+        device=place.device,
+        progress=progress,
+    )
+    opened.source.close()
     return SSMInferenceEngine(
-        module, family, reduction=reduction, groups=place.groups, dtype=dtype, kernels=options.kernels
+        opened.model,
+        opened.family,
+        reduction=place.reduction,
+        groups=place.groups,
+        dtype=opened.dtype,
+        kernels=options.kernels,
+        directory=opened.directory,
     )
 
 
@@ -77,6 +88,7 @@ class SSMInferenceEngine(InferenceEngine):
         groups: where this rank stands among all.
         dtype: the model runs in.
         kernels: the backend of ssm_kernels.
+        directory: of the checkpoint; None for a model that was handed over in memory.
     """
 
     def __init__(
@@ -88,9 +100,11 @@ class SSMInferenceEngine(InferenceEngine):
         groups: ParallelGroups,
         dtype: torch.dtype,
         kernels: str = "auto",
+        directory: Path | None = None,
     ):
         # DeepSpeed is told of one rank and to leave the model where it is: it is cut already, and lies on its device.
-        known = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+        # A dtype that it does not know is none of its business either: our modules keep theirs.
+        known = dtype if dtype in get_accelerator().supported_dtypes() else torch.float32
         super().__init__(model, DeepSpeedInferenceConfig(dtype=known, keep_module_on_host=True))
         del self.generate  # the base class puts its own over ours
         self.mp_group = reduction.group
@@ -99,6 +113,7 @@ class SSMInferenceEngine(InferenceEngine):
         self.reduction = reduction
         self.groups = groups
         self.dtype = dtype
+        self.directory = directory
         self._kernels = kernels
         self.head = policy.head_module(model, family)
         self._embedding = policy.embedding_module(model, family)
@@ -194,34 +209,35 @@ class SSMInferenceEngine(InferenceEngine):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        *,
         max_new_tokens: int = 32,
         do_sample: bool = False,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        eos_token_id: int | Collection[int] | None = None,
     ) -> torch.Tensor:
         """Prompts and what follows them, as transformers returns it.
 
         Args:
             input_ids: [B, L] ids.
             attention_mask: [B, L], 0 where a token is padding, at either side. Without it the model's padding id
-                counts as padding at the ends of a row, unless that id also ends a text, as in transformers.
+                counts as padding at the ends of a row, unless that id also ends a text.
             max_new_tokens: how many tokens at most.
             do_sample: sample; otherwise the likeliest token is taken.
-            temperature, top_k, top_p, seed: as Sampling has them, used where `do_sample` is set.
             eos_token_id: ids that end a row; None takes the model's own, an empty list takes none.
+            temperature, top_k, top_p, seed: as Sampling has them, used where `do_sample` is set.
 
         Returns:
             [B, L + new] ids; rows that ended early are filled with the model's padding id.
         """
         self._check_ids(input_ids)
-        ends = self.eos_token_ids if eos_token_id is None else _id_set(eos_token_id)
+        ends = self.eos_token_ids if eos_token_id is None else _ids(eos_token_id)
+        padding = self.module.generation_config.pad_token_id
         if attention_mask is None:
-            attention_mask = _mask_of_padding(input_ids, self.module.generation_config.pad_token_id, ends)
-        packed, lengths = _left_aligned(input_ids, attention_mask)
+            attention_mask = mask_of_padding(input_ids, padding, ends)
+        packed, lengths = left_aligned(input_ids, attention_mask)
         sampling = Sampling(temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p, seed=seed)
         steps = stream(
             self,
@@ -232,12 +248,14 @@ class SSMInferenceEngine(InferenceEngine):
             eos_token_ids=ends,
         )
         new = torch.stack(list(steps), dim=1)
-        return torch.cat([input_ids, new.masked_fill(new < 0, self._padding_id(ends)).to(input_ids.device)], dim=1)
+        if padding is None:
+            padding = ends[0] if ends else 0
+        return torch.cat([input_ids, new.masked_fill(new < 0, padding).to(input_ids.device)], dim=1)
 
     @property
-    def eos_token_ids(self) -> frozenset[int]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text, by the model's generation config."""
-        return _id_set(self.module.generation_config.eos_token_id)
+        return _ids(self.module.generation_config.eos_token_id)
 
     def close(self) -> None:
         """Let go of what the ranks share."""
@@ -246,11 +264,15 @@ class SSMInferenceEngine(InferenceEngine):
     def _run(
         self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, residual = self._embedding(ids), None
-        with self._backend():
-            for index, block in enumerate(self._blocks):
-                hidden, residual = block.step(hidden, residual, context.layer(index), cu_seqlens)
-        return hidden, residual
+        try:
+            hidden, residual = self._embedding(ids), None
+            with self._backend():
+                for index, block in enumerate(self._blocks):
+                    hidden, residual = block.step(hidden, residual, context.layer(index), cu_seqlens)
+            return hidden, residual
+        except BaseException:
+            context.free()  # some layers have gone on and others have not: nobody shall continue from that
+            raise
 
     def _logits(self, output: torch.Tensor, residual: torch.Tensor, gather: bool) -> torch.Tensor:
         with self._backend():
@@ -274,12 +296,9 @@ class SSMInferenceEngine(InferenceEngine):
             raise ValueError(f"input_ids: expected ids in 0..{self.head.vocab_size - 1}, found {found}")
 
     def _check_batch(self, rows: int, context: SSMInferenceContext) -> None:
+        context.check_alive()
         if context.batch_size != rows:
             raise ValueError(f"expected {context.batch_size} rows, as the context has, found {rows}")
-
-    def _padding_id(self, ends: Collection[int]) -> int:
-        chosen = self.module.generation_config.pad_token_id
-        return chosen if chosen is not None else min(ends, default=0)
 
 
 def _options(model, config, keywords: dict) -> InferenceConfig:
@@ -295,19 +314,37 @@ def _options(model, config, keywords: dict) -> InferenceConfig:
     return InferenceConfig.from_dict(base)
 
 
-def _open(model, options: InferenceConfig):
+@dataclass(frozen=True)
+class _Opened:
+    model: PreTrainedModel
+    family: Family
+    source: TensorSource
+    dtype: torch.dtype
+    directory: Path | None
+
+
+def _open(model: PreTrainedModel | str | Path | None, options: InferenceConfig) -> _Opened:
     if isinstance(model, PreTrainedModel):
-        family, source = family_of(model.config), ModuleSource(model)
-        return model.eval(), family, source, options.dtype or model.dtype
-    directory = model_directory(model)
+        family = family_of(model.config, type(model).__name__)
+        return _Opened(model.eval(), family, ModuleSource(model), _dtype(options.dtype or model.dtype), None)
+    directory = model_directory(options.model)
     config, family = read_config(directory)
-    source = SafetensorsSource(directory, family.renames)
-    dtype = options.dtype or getattr(config, "dtype", None) or torch.float32
-    return empty_model(config, family, directory), family, source, dtype
+    dtype = _dtype(options.dtype or getattr(config, "dtype", None) or torch.float32)
+    empty = empty_model(config, family, directory)
+    return _Opened(empty, family, SafetensorsSource(directory, family.renames), dtype, directory)
+
+
+def _dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype} in the checkpoint's config")
+    return dtype
 
 
 def _check_lengths(lengths, rows: int, width: int) -> torch.Tensor:
-    lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+    lengths = torch.as_tensor(lengths).cpu()
+    if lengths.is_floating_point() or lengths.is_complex():
+        raise ValueError(f"lengths: expected integers, found {lengths.dtype}")
+    lengths = lengths.to(torch.int64)
     if tuple(lengths.shape) != (rows,):
         raise ValueError(f"lengths: expected one a row, [{rows}], found {list(lengths.shape)}")
     if lengths.min() < 1 or lengths.max() > width:
@@ -315,26 +352,7 @@ def _check_lengths(lengths, rows: int, width: int) -> torch.Tensor:
     return lengths
 
 
-def _left_aligned(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if mask is None or bool(mask.all()):
-        return ids, None
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask: expected shape {list(ids.shape)}, found {list(mask.shape)}")
-    order = mask.bool().logical_not().to(torch.int8).argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.bool().sum(dim=1)
-
-
-def _mask_of_padding(ids: torch.Tensor, padding: int | None, ends: Collection[int]) -> torch.Tensor | None:
-    if padding is None or padding in ends:
-        return None
-    real = ids != padding
-    before = real.cummax(dim=1).values
-    after = real.flip(1).cummax(dim=1).values.flip(1)
-    mask = before & after
-    return mask if mask.any(dim=1).all() else None  # a row of nothing but padding is taken at its word
-
-
-def _id_set(ids: int | Collection[int] | None) -> frozenset[int]:
+def _ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
     if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)

@@ -21,6 +21,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     eos_token_ids: Collection[int] = (),
+    streams: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the next token of every row, step by step; rows that have ended yield −1.
 
@@ -31,21 +32,24 @@ def stream(
         max_new_tokens: how many steps at most.
         sampling: how tokens are chosen.
         eos_token_ids: a row ends with one of these, which is still yielded.
+        streams: [B] int64, which stream of noise each row samples from; None numbers the rows.
 
     Yields:
         [B] int64, the same on every rank.
     """
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected a positive integer, found {max_new_tokens!r}")
+    streams = torch.arange(input_ids.shape[0]) if streams is None else streams
     context = engine.new_context(batch_size=input_ids.shape[0])
     try:
         logits = engine.prefill(input_ids, context, lengths=lengths, gather_logits=False)
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        ends = torch.tensor(sorted(eos_token_ids), dtype=torch.int64)
         for step in range(max_new_tokens):
-            tokens = choose(logits, engine.head, sampling, context.positions)
+            tokens = choose(logits, engine.head, sampling, streams, context.positions)
             shown = tokens.cpu().masked_fill(ended, -1)
             yield shown
-            ended |= torch.isin(shown, torch.tensor(sorted(eos_token_ids), dtype=torch.int64))
+            ended |= torch.isin(shown, ends)
             if step + 1 == max_new_tokens or ended.all():
                 return
             logits = engine.decode(tokens, context, gather_logits=False)

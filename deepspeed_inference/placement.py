@@ -44,6 +44,9 @@ class Placement:
             torch.set_num_threads(threads)
         ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
         reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
+        if reduction.size > 1:
+            # transformers' own sampling draws from torch's generator: the ranks must draw the same.
+            torch.set_rng_state(reduction.exchange(torch.get_rng_state())[0])
         return cls(device, groups, reduction)
 
     @property
@@ -58,6 +61,10 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device: expected one that this machine has, found cuda and no GPU")
     if name == "cuda":
+        # Counted before the ranks meet, and alike on all of a host, so that none waits for one that has no GPU.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        if ranks > torch.cuda.device_count():
+            raise ValueError(f"device: expected a GPU for each of {ranks} ranks, found {torch.cuda.device_count()}")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 

@@ -62,28 +62,29 @@ def inject(
     Raises:
         ValueError: the ranks do not divide the model, or the source does not fit it.
     """
-    error = None
-    try:
-        table = family.parameters(model.config)
+    config = model.config
+
+    def fill() -> bool:
+        table = family.parameters(config)
+        if family.head in source.shapes():
+            table[family.head] = table[family.embedding]
         for name, layout in table.items():
             layout.check(name, reduction.size)
         replace_modules(model, family, reduction=reduction, dtype=dtype)
         load_parameters(
-            model,
-            table,
-            source,
-            rank=reduction.rank,
-            ranks=reduction.size,
-            device=device,
-            ignored={family.head},
-            progress=progress,
+            model, table, source, rank=reduction.rank, ranks=reduction.size, device=device, progress=progress
         )
-        if model.config.tie_word_embeddings:
-            head_module(model, family).weight = embedding_module(model, family).weight
-        model.requires_grad_(False)
-    except (ValueError, OSError) as failure:
-        error = failure if isinstance(failure, ValueError) else ValueError(str(failure))
-    reduction.agree(error)
+        return family.head not in table or _same_weights(model, family)
+
+    same = reduction.exchange(reduction.together(fill))
+    if config.tie_word_embeddings and all(same):
+        head_module(model, family).weight = embedding_module(model, family).weight
+    model.requires_grad_(False)
+
+
+def _same_weights(model: nn.Module, family: Family) -> bool:
+    # As transformers does: a head that is stored beside the embedding and differs from it is not tied to it.
+    return torch.equal(head_module(model, family).weight, embedding_module(model, family).weight)
 
 
 def replace_modules(model: nn.Module, family: Family, *, reduction: Reduction, dtype: torch.dtype) -> None:

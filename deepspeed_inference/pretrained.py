@@ -42,6 +42,8 @@ def read_config(directory: Path):
         stored = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file}: expected keys and values, found {type(stored).__name__}")
     family = family_of(_Names(stored))
     try:
         return AutoConfig.from_pretrained(directory), family
@@ -55,7 +57,10 @@ def empty_model(config, family: Family, directory: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == family.architecture
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{directory / 'generation_config.json'}: {error}") from error
     return model.eval()
 
 

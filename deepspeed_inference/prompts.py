@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# What an answer says itself; the other keys of a prompt's object come back as they are.
+OWN_KEYS = ("index", "text", "tokens", "finish", "error", "origin")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -36,8 +39,8 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     if file is None:
         return prompts
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
         raise ValueError(f"prompts: cannot read {file}: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -53,11 +56,8 @@ def check_output(file: str | None) -> None:
 
 def answer(prompt: Prompt, text: str, tokens: int, finish: str) -> dict:
     """What is written for a prompt that ran; `finish` is "stop" or "length"."""
-    return {**prompt.extra, "index": prompt.index, "prompt": prompt.text} | {
-        "text": text,
-        "tokens": tokens,
-        "finish": finish,
-    }
+    own = {"text": text, "tokens": tokens, "finish": finish}
+    return {**prompt.extra, "index": prompt.index, "prompt": prompt.text, **own}
 
 
 def refusal(prompt: Prompt) -> dict:
@@ -65,12 +65,26 @@ def refusal(prompt: Prompt) -> dict:
     return {**prompt.extra, "index": prompt.index, "origin": prompt.origin, "error": prompt.error}
 
 
-def _parse(line: str, index: int, origin: str) -> Prompt:
+def _parse(line: bytes, index: int, origin: str) -> Prompt:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         return Prompt(index, "", origin, {}, f"{origin}: not JSON: {error}")
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        return Prompt(index, "", origin, {}, f"{origin}: expected an object with a string 'prompt', found {line[:80]}")
+    problem = _problem_of(record)
+    if problem is not None:
+        return Prompt(index, "", origin, {}, f"{origin}: {problem}")
     extra = {key: value for key, value in record.items() if key != "prompt"}
     return Prompt(index, record["prompt"], origin, extra)
+
+
+def _problem_of(record) -> str | None:
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        return f"expected an object with a string 'prompt', found {json.dumps(record)[:80]}"
+    taken = [key for key in OWN_KEYS if key in record]
+    if taken:
+        return f"expected keys other than {', '.join(OWN_KEYS)}, which an answer uses itself, found {taken[0]}"
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "expected text, found half of a surrogate pair"
+    return None

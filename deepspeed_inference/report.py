@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 
 import psutil
-import torch
 
 from deepspeed_inference.engine import SSMInferenceEngine
 
@@ -23,45 +22,50 @@ class Measurements:
     collectives: int = 0
     bytes: int = 0
     _last: float = 0.0
+    _is_first_step: bool = True
     _traffic: tuple[int, int] = (0, 0)
 
     def begin(self) -> None:
         """A batch begins."""
         self._last = time.perf_counter()
-        self._fresh = True
+        self._is_first_step = True
 
     def step(self, tokens: int, engine: SSMInferenceEngine) -> None:
         """A step has given `tokens` tokens, one for every row that had not ended."""
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
         traffic = engine.reduction.traffic
-        if self._fresh:
+        if self._is_first_step:
             self.first_token.append(elapsed)
         else:
             self.next_token.append(elapsed)
             self.collectives += traffic.collectives - self._traffic[0]
             self.bytes += traffic.payload_bytes - self._traffic[1]
-        self._fresh = False
+        self._is_first_step = False
         self._traffic = (traffic.collectives, traffic.payload_bytes)
         self.tokens += tokens
         self.seconds += elapsed
 
-    def summary(self, engine: SSMInferenceEngine) -> dict:
-        """The numbers by name; every rank of the model calls it."""
+    def summary(self, engine: SSMInferenceEngine) -> dict | None:
+        """The numbers by name, on the first rank of all; every rank calls it. Times are those of the first replica."""
         steps = len(self.next_token)
-        resident = torch.tensor([psutil.Process().memory_info().rss], dtype=torch.int64)
         parameters = sum({id(p): p.nbytes for p in engine.module.parameters()}.values())
+        resident = engine.reduction.exchange(psutil.Process().memory_info().rss)
+        throughput = self.tokens / self.seconds if self.seconds else 0.0
+        shares = engine.groups.gather_objects((throughput, resident))
+        if shares is None:
+            return None
         return {
             "ranks": engine.reduction.size,
             "replicas": engine.groups.replicas,
             "reduction": engine.reduction.reason,
             "ttft_ms": 1e3 * statistics.median(self.first_token) if self.first_token else None,
             "ms_per_token": 1e3 * statistics.median(self.next_token) if steps else None,
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
+            "tokens_per_second": sum(share for share, _ in shares) or None,
             "collectives_per_token": self.collectives / steps if steps else None,
             "bytes_per_token": self.bytes / steps if steps else None,
             "parameter_mb_per_rank": parameters / 1e6,
-            "resident_mb_per_rank": (engine.reduction.all_gather(resident) / 1e6).tolist(),
+            "resident_mb_per_rank": [value / 1e6 for _, ranks in shares for value in ranks],
         }
 
 
@@ -72,11 +76,9 @@ def table(summary: dict) -> str:
         return "–" if summary[key] is None else f"{summary[key]:,.{digits}f} {unit}".rstrip()
 
     resident = " / ".join(f"{value:,.0f}" for value in summary["resident_mb_per_rank"])
+    copies = f" × {summary['replicas']} replicas" if summary["replicas"] > 1 else ""
     rows = [
-        (
-            "ranks",
-            f"{summary['ranks']} × {summary['replicas']} replicas" if summary["replicas"] > 1 else summary["ranks"],
-        ),
+        ("ranks", f"{summary['ranks']}{copies}"),
         ("reduction", summary["reduction"]),
         ("time to first token", number("ttft_ms", "ms")),
         ("time a token", number("ms_per_token", "ms", 2)),

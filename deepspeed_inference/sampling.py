@@ -1,7 +1,7 @@
 """Choosing the next token from logits that are cut over the ranks, the same one on every rank.
 
 Greedy and top-k need each rank's best candidates only. Sampling adds Gumbel noise to the scaled logits and takes the
-largest (Gumbel 1954; Maddison et al. 2014); the noise of a token is a hash of (seed, row, position, id), so that it
+largest (Gumbel 1954; Maddison et al. 2014); the noise of a token is a hash of (seed, stream, position, id), so that it
 is the same wherever the token's logit was computed, at any number of ranks.
 """
 
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_inference.config import check_sampling
+from deepspeed_inference.validation import check_sampling
 from megatron_ssm.linear import VocabParallelHead
+
+COLDEST = 1e-6  # below, logits divided by the temperature would overflow, and the likeliest token is certain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +31,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 def choose(
-    local_logits: torch.Tensor, head: VocabParallelHead, sampling: Sampling, positions: torch.Tensor
+    local_logits: torch.Tensor,
+    head: VocabParallelHead,
+    sampling: Sampling,
+    streams: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """The next token of every row.
 
@@ -41,21 +47,24 @@ def choose(
         local_logits: [B, V/T], this rank's, −inf where an id only pads the vocabulary.
         head: what they came from.
         sampling: how to choose.
-        positions: [B] int64, how many tokens each row has; part of the seed of its noise.
+        streams: [B] int64, which stream of noise each row draws from.
+        positions: [B] int64, how many tokens each row has: where in its stream it is.
 
     Returns:
         [B] int64 ids, the same on every rank.
     """
     logits = local_logits.to(torch.promote_types(local_logits.dtype, torch.float32))
     ids = torch.arange(logits.shape[-1], device=logits.device) + head.vocab_start
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return _best(logits, ids.expand_as(logits), head)
     logits = logits / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return _best(logits + _gumbel(ids, positions, sampling.seed, logits.dtype), ids.expand_as(logits), head)
+        return _best(
+            logits + _gumbel(ids, streams, positions, sampling.seed, logits.dtype), ids.expand_as(logits), head
+        )
     values, candidates = _candidates(logits, ids, sampling.top_k, head)
     allowed = _nucleus(values, sampling.top_p)
-    noisy = values + _gumbel(candidates, positions, sampling.seed, values.dtype)
+    noisy = values + _gumbel(candidates, streams, positions, sampling.seed, values.dtype)
     noisy = noisy.masked_fill(~allowed, float("-inf"))
     return candidates.gather(1, _first_largest(noisy, candidates)).squeeze(1)
 
@@ -101,11 +110,13 @@ def _first_largest(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return ids.masked_fill(~largest, torch.iinfo(ids.dtype).max).argmin(dim=-1, keepdim=True)
 
 
-def _gumbel(ids: torch.Tensor, positions: torch.Tensor, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Standard Gumbel noise [B, n] of ids [n] or [B, n]: −log(−log u), u a hash of (seed, row, position, id)."""
-    rows = torch.arange(positions.numel(), device=ids.device)
-    key = _mix(torch.full_like(rows, seed))
-    key = _mix(key + rows)
+def _gumbel(
+    ids: torch.Tensor, streams: torch.Tensor, positions: torch.Tensor, seed: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Standard Gumbel noise [B, n] of ids [n] or [B, n]: −log(−log u), u a hash of (seed, stream, position, id)."""
+    streams = streams.to(ids.device)
+    key = _mix(torch.full_like(streams, seed))
+    key = _mix(key + streams)
     key = _mix(key + positions.to(ids.device)).unsqueeze(1)
     bits = _mix(key + ids)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).div_(2**53)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer
 
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.engine import init_inference
 from deepspeed_inference.generate import stream
-from deepspeed_inference.pretrained import model_directory
 from deepspeed_inference.prompts import Prompt, answer
 from deepspeed_inference.report import Measurements
 from deepspeed_inference.sampling import Sampling
+from deepspeed_inference.text_stream import TextStream
 
 
 class Session:
@@ -30,8 +30,7 @@ class Session:
     def __init__(self, config: InferenceConfig):
         self.config = config
         self.engine = init_inference(config=replace(config, progress=not config.json))
-        directory = model_directory(config.model)
-        self.tokenizer = _read_tokenizer(directory)
+        self.tokenizer = _read_tokenizer(self.engine.directory)
         self.is_first = self.engine.groups.replica == 0 and self.engine.reduction.rank == 0
         self.measurements = Measurements()
         self._sampling = Sampling(
@@ -68,26 +67,31 @@ class Session:
             printer = None
             if echo and self.is_first:
                 print(prompt.text, end="", flush=True)
-                printer = TextStreamer(self.tokenizer, skip_special_tokens=True)
+                printer = TextStream(self.tokenizer)
             yield from self._answer([prompt], printer)
 
-    def batches(self, prompts: list[Prompt]) -> list[dict]:
-        """Answer prompts in batches, each replica its share; all answers on the first rank of all."""
-        groups, size = self.engine.groups, self.config.batch_size
-        mine = prompts[groups.replica :: groups.replicas]
-        answers = []
-        with tqdm(total=len(mine), desc="prompts", disable=None if self.is_first else True) as bar:
-            for start in range(0, len(mine), size):
-                batch = mine[start : start + size]
-                answers += self._answer(batch, None)
-                bar.update(len(batch))
-        return [record for share in groups.gather_objects(answers) or [answers] for record in share]
+    def batches(self, prompts: list[Prompt]) -> Iterator[dict]:
+        """Answer prompts in batches, batch by batch; with replicas each its share, all at the end on the first rank."""
+        groups = self.engine.groups
+        if groups.replicas == 1:
+            yield from self._batches(prompts)
+            return
+        shares = groups.gather_objects(list(self._batches(prompts[groups.replica :: groups.replicas])))
+        yield from sorted((record for share in shares or [] for record in share), key=lambda record: record["index"])
 
-    def summary(self) -> dict:
-        """The numbers of the run; every rank calls it."""
+    def summary(self) -> dict | None:
+        """The numbers of the run, on the first rank; every rank calls it."""
         return self.measurements.summary(self.engine)
 
-    def _answer(self, prompts: list[Prompt], printer: TextStreamer | None) -> list[dict]:
+    def _batches(self, prompts: list[Prompt]) -> Iterator[dict]:
+        size = self.config.batch_size
+        with tqdm(total=len(prompts), desc="prompts", disable=None if self.is_first else True) as bar:
+            for start in range(0, len(prompts), size):
+                batch = prompts[start : start + size]
+                yield from self._answer(batch, None)
+                bar.update(len(batch))
+
+    def _answer(self, prompts: list[Prompt], printer: TextStream | None) -> list[dict]:
         encoded = [torch.tensor(self._encode(prompt)) for prompt in prompts]
         lengths = torch.tensor([ids.numel() for ids in encoded])
         ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
@@ -101,14 +105,15 @@ class Session:
             max_new_tokens=self.config.max_new_tokens,
             sampling=self._sampling,
             eos_token_ids=ends,
+            streams=torch.tensor([prompt.index for prompt in prompts]),
         )
         for tokens in steps:
             self.measurements.step(int((tokens >= 0).sum()), self.engine)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if token >= 0:
                     row.append(token)
-            if printer is not None:
-                printer.put(tokens)
+                    if printer is not None:
+                        printer.put(token)
         if printer is not None:
             printer.end()
         return [
@@ -121,6 +126,7 @@ class Session:
 
 
 def _read_tokenizer(directory: Path):
+    """The tokenizer of a checkpoint; raises ValueError if there is none, or it cannot be read."""
     # transformers makes an empty tokenizer where there is none; it would find every prompt empty.
     if not any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
         raise ValueError(f"model {directory}: found no tokenizer in it")
@@ -130,5 +136,5 @@ def _read_tokenizer(directory: Path):
         raise ValueError(f"model {directory}: its tokenizer cannot be read: {error}") from error
 
 
-def _finish(row: list[int], ends: frozenset[int]) -> str:
+def _finish(row: list[int], ends: Collection[int]) -> str:
     return "stop" if row and row[-1] in ends else "length"

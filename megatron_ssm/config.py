@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,3 @@ class SSMConfig:
         for name in ("norm_eps", "dt_b_c_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"SSMConfig.{name}: expected a positive number, found {getattr(self, name)!r}")
-
-    @classmethod
-    def from_dict(cls, options: dict) -> SSMConfig:
-        """Build from plain options; raises ValueError naming the keys that are not fields."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"SSMConfig: unknown keys {unknown}; known are {sorted(known)}")
-        return cls(**options)

@@ -87,9 +87,15 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
             tp_group=reduction.group,
         )
         self.reduction = reduction
+        self.vocab_size = layout.shape[0]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, L] ids, all within the vocabulary -> [B, L, D], whole on every rank."""
+        """[B, L] ids -> [B, L, D], whole on every rank. Ids outside the vocabulary raise ValueError on the CPU."""
+        if ids.is_cpu and ids.numel():
+            low, high = torch.aminmax(ids)
+            if low < 0 or high >= self.vocab_size:
+                found = int(low) if low < 0 else int(high)
+                raise ValueError(f"input_ids: expected ids in 0..{self.vocab_size - 1}, found {found}")
         if self.reduction.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.vocab_start_index

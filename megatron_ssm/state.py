@@ -24,7 +24,3 @@ class LayerState:
     conv: torch.Tensor
     ssm: torch.Tensor
     indices: torch.Tensor | None = None
-
-    @property
-    def slots(self) -> int:
-        return self.ssm.shape[0]

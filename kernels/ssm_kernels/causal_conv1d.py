@@ -11,12 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
 from ssm_kernels.cpu import causal_conv1d as cpu
+from ssm_kernels.cpu.library import sequences_of
 from ssm_kernels.validation import (
     check_dims,
-    check_in_place,
     check_shape,
     check_slots,
     check_states,
+    indices_in_place,
     refuse_grad,
     sequence_starts,
     wants_grad,
@@ -68,8 +69,7 @@ def causal_conv1d(
     if state_indices is not None:
         refuse_grad("causal_conv1d with state_indices", *inputs)
     if not dispatch.choose("causal_conv1d", inputs, _limit(weight)):
-        if state_indices is not None:
-            check_slots(state_indices, initial_state.shape[0])
+        check_slots(state_indices, initial_state)
         return reference.causal_conv1d(
             x,
             weight,
@@ -80,11 +80,10 @@ def causal_conv1d(
             state_indices=state_indices,
             return_final_state=return_final_state,
         )
-    starts = None if starts is None else torch.tensor(starts)
+    starts = None if starts is None else torch.tensor(starts, dtype=torch.int64, device="cpu")
     silu = activation == "silu"
     if state_indices is not None:
-        check_in_place("initial_state", initial_state)
-        indices = state_indices.contiguous()
+        indices = indices_in_place("initial_state", initial_state, state_indices)
         out = cpu.forward(x, weight, bias, silu, initial_state, initial_state, starts, indices)
         return (out, initial_state) if return_final_state else out
     if wants_grad(*inputs):
@@ -130,13 +129,10 @@ def causal_conv1d_update(
     if torch.is_grad_enabled():
         refuse_grad("causal_conv1d_update", *inputs)
     if not dispatch.choose("causal_conv1d_update", inputs, _limit(weight)):
-        if state_indices is not None:
-            check_slots(state_indices, state.shape[0])
+        check_slots(state_indices, state)
         return reference.causal_conv1d_update(*inputs, activation, state_indices=state_indices)
-    check_in_place("state", state)
-    if state_indices is not None:
-        state_indices = state_indices.contiguous()
-    return cpu.forward(x, weight, bias, activation == "silu", state, state, None, state_indices)
+    indices = indices_in_place("state", state, state_indices)
+    return cpu.forward(x, weight, bias, activation == "silu", state, state, None, indices)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -156,8 +152,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def _forward(x, weight, bias, initial_state, silu, starts, with_final) -> tuple[Tensor, Tensor | None]:
-    sequences = x.shape[0] if starts is None else starts.shape[0] - 1
-    final = torch.empty(sequences, x.shape[2], weight.shape[1] - 1, dtype=x.dtype) if with_final else None
+    final = x.new_empty(sequences_of(x, starts)[0], x.shape[2], weight.shape[1] - 1) if with_final else None
     return cpu.forward(x, weight, bias, silu, cpu.unit_stride(initial_state), final, starts), final
 
 

@@ -98,9 +98,10 @@ def _warn_once(reason: str) -> None:
     if _warned:
         return
     _warned = True
-    # The caller of the op: above it are the op, choose() and this.
+    # Every public op calls choose() itself: level 1 is here, 2 is choose(), 3 the op and 4 the line that called the op.
     warnings.warn(
-        f"ssm_kernels: the native CPU kernels are unavailable, using the (slow) reference: {reason}",
+        "ssm_kernels runs on its slow PyTorch reference in this process, because its native CPU kernels are "
+        f"unavailable: {reason}",
         RuntimeWarning,
         stacklevel=4,
     )

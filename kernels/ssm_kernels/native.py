@@ -2,7 +2,8 @@
 
 The sources see plain pointers and sizes, no torch headers, so a build takes seconds. The library is cached under a
 key made of everything that decides its machine code; a file lock makes the first of several processes that start
-together build it and the others wait. Environment: `CXX` names the compiler, `SSM_KERNELS_CACHE` the cache folder.
+together build it and the others wait. Environment: `CXX` names the compiler (g++, or one that takes its options and
+whose OpenMP is libgomp: clang++ calls another), `SSM_KERNELS_CACHE` the cache folder.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -49,22 +51,24 @@ def load_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = (
         headers: files that the sources include; a change in one causes a new build.
 
     Raises:
-        NativeBuildError: there is no compiler, the compiler failed, or the library does not load.
+        NativeBuildError: there is no compiler or no cache folder, the compiler failed, the disk is full or takes no
+            locks, or the library does not load.
     """
     compiler = find_compiler()
-    key = _build_key(compiler, [*sources, *headers])
     folder = cache_folder()
-    library = folder / f"{name}-{key}.so"
-    if not library.exists():
-        try:
-            with FileLock(folder / f"{name}-{key}.lock", timeout=BUILD_TIMEOUT_SECONDS):
+    try:
+        library = folder / f"{name}-{_build_key(compiler, [*sources, *headers])}.so"
+        if not library.exists():
+            with FileLock(library.with_suffix(".lock"), timeout=BUILD_TIMEOUT_SECONDS):
                 if not library.exists():
                     _build(compiler, sources, library)
-        except Timeout as error:
-            raise NativeBuildError(
-                f"another process has been building {library.name} for {BUILD_TIMEOUT_SECONDS:.0f} s; "
-                f"if none is running, delete {folder}"
-            ) from error
+    except Timeout as error:
+        raise NativeBuildError(
+            f"another process has been building {library.name} for {BUILD_TIMEOUT_SECONDS:.0f} s; "
+            f"if none is running, delete {folder}"
+        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter from filelock where a file system has no locks
+        raise NativeBuildError(f"{name} cannot be built with {compiler} in {folder}: {error}") from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -72,28 +76,59 @@ def load_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = (
 
 
 def find_compiler() -> str:
-    """Path of the C++ compiler: `$CXX`, else g++, else clang++. Raises NativeBuildError if there is none."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    for candidate in candidates:
-        path = shutil.which(candidate)
-        if path:
-            return path
-    raise NativeBuildError(f"no C++ compiler found (looked for {', '.join(candidates)}); install g++ or set CXX")
+    """Path of the C++ compiler: `$CXX`, else g++. Raises NativeBuildError if it is not there."""
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name)
+    if path is None:
+        raise NativeBuildError(f"no C++ compiler found (looked for {name}); install g++ or set CXX")
+    return path
 
 
 def cache_folder() -> Path:
-    """Folder of the built libraries, made if it is not there; a private temporary one where home is read-only."""
-    chosen = os.environ.get("SSM_KERNELS_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    fallback = Path(tempfile.gettempdir()) / f"ssm_kernels-{os.getuid()}"
-    for folder in [Path(chosen)] if chosen else [base / "ssm_kernels", fallback]:
+    """Folder of the built libraries, made if it is not there: `$SSM_KERNELS_CACHE`, else one in the user's cache, else
+    (no home, or a read-only one) a private temporary one.
+
+    Raises:
+        NativeBuildError: none can be written, or the temporary one is not the user's alone.
+    """
+    refused = []
+    for folder, in_temporary in _cache_candidates():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
+            if in_temporary:
+                _check_private(folder)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError("not writable")
+        except OSError as error:
+            refused.append(f"{folder}: {error.strerror or error}")
+        else:
             return folder
-    raise NativeBuildError(f"no writable cache folder; set SSM_KERNELS_CACHE (tried {chosen or base})")
+    raise NativeBuildError(f"no cache folder ({'; '.join(refused)}); set SSM_KERNELS_CACHE")
+
+
+def _cache_candidates() -> Iterator[tuple[Path, bool]]:
+    """Folders in the order of preference, each with whether it is in the temporary folder of all users."""
+    if chosen := os.environ.get("SSM_KERNELS_CACHE"):
+        yield Path(chosen), False
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(base):  # "~" remains where there is no home
+        yield Path(base) / "ssm_kernels", False
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # not one that can be written, as on a full disk
+        return
+    yield temporary / f"ssm_kernels-{os.getuid()}", True
+
+
+def _check_private(folder: Path) -> None:
+    # Anyone can make this folder first, or a link of its name, and would then choose the code that is loaded from it.
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            f"expected a folder of user {os.getuid()} that no other can write, found "
+            f"{stat.filemode(found.st_mode)} of user {found.st_uid}"
+        )
 
 
 def _build(compiler: str, sources: Sequence[Path], library: Path) -> None:
@@ -108,8 +143,8 @@ def _build(compiler: str, sources: Sequence[Path], library: Path) -> None:
             )
             for source, target in zip(sources, objects, strict=True)
         ]
-        for source, process in zip(sources, compilers, strict=True):
-            output, _ = process.communicate()
+        outputs = [process.communicate()[0] for process in compilers]
+        for source, process, output in zip(sources, compilers, outputs, strict=True):
             if process.returncode != 0:
                 raise NativeBuildError(f"{compiler} failed on {source.name}:\n{output[-4000:]}")
         linked = Path(folder) / library.name
@@ -143,7 +178,7 @@ def _compiler_version(compiler: str) -> str:
     result = subprocess.run([compiler, "--version"], capture_output=True, text=True)
     if result.returncode != 0:
         raise NativeBuildError(f"{compiler} --version failed: {result.stderr.strip()}")
-    return result.stdout.splitlines()[0]
+    return result.stdout.partition("\n")[0]
 
 
 @cache

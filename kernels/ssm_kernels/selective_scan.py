@@ -12,12 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
 from ssm_kernels.cpu import selective_scan as cpu
+from ssm_kernels.cpu.library import fp32_empty, sequences_of
 from ssm_kernels.validation import (
     check_dims,
-    check_in_place,
     check_shape,
     check_slots,
     check_states,
+    indices_in_place,
     refuse_grad,
     sequence_starts,
     wants_grad,
@@ -73,8 +74,7 @@ def selective_scan(
     if state_indices is not None:
         refuse_grad("selective_scan with state_indices", *inputs)
     if not dispatch.choose("selective_scan", inputs, _limit(A)):
-        if state_indices is not None:
-            check_slots(state_indices, initial_state.shape[0])
+        check_slots(state_indices, initial_state)
         return reference.selective_scan(
             *inputs[:8],
             dt_softplus,
@@ -83,10 +83,9 @@ def selective_scan(
             state_indices=state_indices,
             return_final_state=return_final_state,
         )
-    starts = None if starts is None else torch.tensor(starts)
+    starts = None if starts is None else torch.tensor(starts, dtype=torch.int64, device="cpu")
     if state_indices is not None:
-        check_in_place("initial_state", initial_state)
-        indices = state_indices.contiguous()
+        indices = indices_in_place("initial_state", initial_state, state_indices)
         out = cpu.forward(*inputs[:8], dt_softplus, initial_state, initial_state, starts, indices)
         return (out, initial_state) if return_final_state else out
     if wants_grad(*inputs):
@@ -132,13 +131,10 @@ def selective_state_update(
     if torch.is_grad_enabled():
         refuse_grad("selective_state_update", *inputs)
     if not dispatch.choose("selective_state_update", inputs, _limit(A)):
-        if state_indices is not None:
-            check_slots(state_indices, state.shape[0])
+        check_slots(state_indices, state)
         return reference.selective_state_update(*inputs, dt_softplus, state_indices=state_indices)
-    check_in_place("state", state)
-    if state_indices is not None:
-        state_indices = state_indices.contiguous()
-    return cpu.forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, state, None, state_indices)
+    indices = indices_in_place("state", state, state_indices)
+    return cpu.forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, state, None, indices)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -162,8 +158,7 @@ class _SelectiveScan(torch.autograd.Function):
 def _forward(inputs, dt_softplus, starts, with_final, chunk_states=None) -> tuple[Tensor, Tensor | None]:
     *arguments, initial = inputs
     x, A = inputs[0], inputs[2]
-    sequences = x.shape[0] if starts is None else starts.shape[0] - 1
-    final = torch.empty(sequences, *A.shape) if with_final else None
+    final = fp32_empty(sequences_of(x, starts)[0], *A.shape) if with_final else None
     initial = cpu.unit_stride(initial)
     return cpu.forward(*arguments, dt_softplus, initial, final, starts, None, chunk_states), final
 

@@ -59,17 +59,25 @@ def check_states(
     check_dtype(name, state, dtype)
 
 
-def check_slots(state_indices: Tensor, slots: int) -> None:
-    """Bounds of state_indices, for backends that do not check them themselves."""
-    found = state_indices.tolist()
+def check_slots(state_indices: Tensor | None, pool: Tensor | None) -> None:
+    """Bounds of state_indices, if there are any, for backends that do not check them themselves."""
+    if state_indices is None:
+        return
+    slots, found = pool.shape[0], state_indices.tolist()
     if any(not 0 <= slot < slots for slot in found):
         raise ValueError(f"state_indices: expected slots in [0, {slots}), found {min(found)} to {max(found)}")
 
 
-def check_in_place(name: str, state: Tensor) -> None:
+def indices_in_place(name: str, state: Tensor, state_indices: Tensor | None) -> Tensor | None:
+    """Check that a native kernel can update `state` in place; return state_indices as it reads them, contiguous."""
     # A dimension of size 1 may have any stride.
     if state.stride(-1) != 1 and state.shape[-1] > 1:
         raise ValueError(f"{name}: expected unit stride in the last dimension, found strides {state.stride()}")
+    if state_indices is None:
+        return None
+    if not state_indices.is_cpu:
+        raise ValueError(f"state_indices: expected to be on cpu like {name}, found {state_indices.device}")
+    return state_indices.contiguous()
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

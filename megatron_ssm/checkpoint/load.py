@@ -33,7 +33,6 @@ def load_parameters(
     rank: int,
     ranks: int,
     device: torch.device,
-    ignored: Iterable[str] = (),
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Give every parameter of the table its data: this rank's piece, in the parameter's own dtype.
@@ -44,13 +43,12 @@ def load_parameters(
         source: whole tensors, by the same names.
         rank, ranks: which piece.
         device: where the parameters shall lie.
-        ignored: names that the source may hold beside the table's.
         progress: wraps the iteration over the table.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape, damaged or not finite; names it and its file.
     """
-    _check_shapes(table, source, set(ignored))
+    _check_shapes(table, source)
     source.verify(rank, ranks)
     parameters = dict(model.named_parameters())
     missing = sorted(set(table) - set(parameters))
@@ -60,7 +58,7 @@ def load_parameters(
         _set_parameter(model, name, piece.to(device))
 
 
-def _check_shapes(table: Mapping[str, ParameterLayout], source: TensorSource, ignored: set[str]) -> None:
+def _check_shapes(table: Mapping[str, ParameterLayout], source: TensorSource) -> None:
     shapes = source.shapes()
     for name, layout in table.items():
         if name not in shapes:
@@ -69,7 +67,7 @@ def _check_shapes(table: Mapping[str, ParameterLayout], source: TensorSource, ig
             raise ValueError(
                 f"{source.where(name)}: tensor {name}: expected shape {list(layout.shape)}, found {list(shapes[name])}"
             )
-    unknown = sorted(set(shapes) - set(table) - ignored)
+    unknown = sorted(set(shapes) - set(table))
     if unknown:
         raise ValueError(
             f"{source.where(unknown[0])}: tensor {unknown[0]} is not part of the model that config.json describes "

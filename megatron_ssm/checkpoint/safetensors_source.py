@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CHECKSUMS = "crc32"
+DTYPES = ("F64", "F32", "F16", "BF16")  # what a parameter may be stored in: others are quantized, or no parameters
 
 
 class SafetensorsSource:
@@ -34,15 +35,22 @@ class SafetensorsSource:
     def __init__(self, directory: Path, renames: Mapping[str, str] | None = None):
         self.directory = Path(directory)
         self._files = {}
+        self._checksums: dict[str, dict[str, int]] = {}  # file -> name on disk -> CRC-32
         self._holder: dict[str, str] = {}  # name -> file
         self._name_on_disk: dict[str, str] = {}
         renames = renames or {}
-        for file in self._find_files():
+        index = self._read_index()
+        for file in sorted(set(index.values())) if index else [SINGLE]:
             self._files[file] = self._open(file)
+            self._checksums[file] = json.loads((self._files[file].metadata() or {}).get(CHECKSUMS, "{}"))
             for stored in self._files[file].keys():  # noqa: SIM118 (not a dict)
-                name = renames.get(stored, stored)
-                self._holder[name] = file
-                self._name_on_disk[name] = stored
+                if not index or index.get(stored) == file:
+                    self._add(renames.get(stored, stored), stored, file)
+        lost = sorted(name for name in index if renames.get(name, name) not in self._holder)
+        if lost:
+            raise ValueError(
+                f"{self.directory / index[lost[0]]}: expected tensor {lost[0]}, as {INDEX} says, found none"
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
@@ -66,7 +74,7 @@ class SafetensorsSource:
             if index % ranks != rank:
                 continue
             file, stored = self._holder[name], self._name_on_disk[name]
-            expected = json.loads((self._files[file].metadata() or {}).get(CHECKSUMS, "{}")).get(stored)
+            expected = self._checksums[file].get(stored)
             if expected is not None and _checksum(self._files[file].get_tensor(stored)) != expected:
                 raise ValueError(f"{self.where(name)}: tensor {stored} is damaged: its checksum does not match")
 
@@ -80,6 +88,12 @@ class SafetensorsSource:
             file.__exit__(None, None, None)
         self._files = {}
 
+    def _add(self, name: str, stored: str, file: str) -> None:
+        self._holder[name], self._name_on_disk[name] = file, stored
+        dtype = self._slice(name).get_dtype()
+        if dtype not in DTYPES:
+            raise ValueError(f"{self.where(name)}: tensor {stored}: expected dtype {', '.join(DTYPES)}, found {dtype}")
+
     def _slice(self, name: str):
         return self._files[self._holder[name]].get_slice(self._name_on_disk[name])
 
@@ -92,15 +106,16 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from error
 
-    def _find_files(self) -> list[str]:
+    def _read_index(self) -> dict[str, str]:
+        """Name on disk -> file, of a checkpoint in several files; empty where there is a single one."""
+        if (self.directory / SINGLE).is_file():
+            return {}
         index = self.directory / INDEX
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                return dict(json.loads(index.read_text())["weight_map"].items())
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
-        if (self.directory / SINGLE).is_file():
-            return [SINGLE]
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.directory.glob(pattern))
         if pickled:
             raise ValueError(

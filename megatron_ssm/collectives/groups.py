@@ -24,6 +24,7 @@ from megatron_ssm.collectives.reduction import as_reduction_error
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 _FAREWELL_SECONDS = 0.1
+_PATIENCE = timedelta(days=30)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 # torchrun's and DeepSpeed's names for the same number.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -39,6 +40,8 @@ class ParallelGroups:
         tensor_size: the number of ranks that hold one model, T.
         replica: which data-parallel copy of the model this rank belongs to.
         replicas: the number of copies.
+        world: all ranks of the launch, of every replica; None for one rank. It waits long: replicas end at
+            different times.
     """
 
     tensor_group: dist.ProcessGroup | None
@@ -46,6 +49,7 @@ class ParallelGroups:
     tensor_size: int
     replica: int
     replicas: int
+    world: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, size: int | None = None) -> ParallelGroups:
@@ -57,7 +61,7 @@ class ParallelGroups:
         found = dist.get_world_size(group)
         if size not in (None, found):
             raise ValueError(f"tensor-parallel size: expected that of the group, {found}, found {size}")
-        return cls(group if found > 1 else None, dist.get_rank(group), found, replica=0, replicas=1)
+        return cls(group if found > 1 else None, dist.get_rank(group), found, replica=0, replicas=1, world=group)
 
     @property
     def world_size(self) -> int:
@@ -77,7 +81,7 @@ class ParallelGroups:
         is_first = self.replica == 0 and self.tensor_rank == 0
         gathered = [None] * self.world_size if is_first else None
         with as_reduction_error("the gathering of the replicas' results"):
-            dist.gather_object(obj if self.tensor_rank == 0 else None, gathered, dst=0)
+            dist.gather_object(obj if self.tensor_rank == 0 else None, gathered, group=self.world, group_dst=0)
         return gathered[:: self.tensor_size] if gathered is not None else None
 
     def local_ranks(self) -> int:
@@ -89,7 +93,7 @@ class ParallelGroups:
                 return int(os.environ[name])
         hosts = [None] * self.world_size
         with as_reduction_error("an exchange of objects"):
-            dist.all_gather_object(hosts, host_identity())
+            dist.all_gather_object(hosts, host_identity(), group=self.world)
         return hosts.count(host_identity())
 
 
@@ -125,9 +129,9 @@ def init_groups(
             return ParallelGroups(None, tensor_rank=0, tensor_size=1, replica=0, replicas=1)
         _init_process_group(device_type, timeout)
     replica, tensor_rank = divmod(dist.get_rank(), tensor_size)
-    return ParallelGroups(
-        _tensor_group(tensor_size, replica, timeout), tensor_rank, tensor_size, replica, world_size // tensor_size
-    )
+    group = _tensor_group(tensor_size, replica, timeout)
+    world = dist.new_group(timeout=_PATIENCE)
+    return ParallelGroups(group, tensor_rank, tensor_size, replica, world_size // tensor_size, world)
 
 
 def _is_launched(environment: Mapping[str, str]) -> bool:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,16 @@ class Reduction(ABC):
             if is_value_error:
                 raise ValueError(message) from error
             raise RuntimeError(f"rank {rank} failed with {type_name}: {message}") from error
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do something that can fail on one rank alone; if it does, every rank raises as in `agree`."""
+        error, result = None, None
+        try:
+            result = work()
+        except Exception as failure:  # whatever it is, the other ranks must not wait for this one
+            error = failure
+        self.agree(error)
+        return result
 
     @abstractmethod
     def exchange(self, value: Any) -> list[Any]:

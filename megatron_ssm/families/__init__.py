@@ -22,14 +22,18 @@ def families() -> dict[str, Family]:
     return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}
 
 
-def family_of(config) -> Family:
+def family_of(config, architecture: str | None = None) -> Family:
     """The family of a Hugging Face config (or any object with `model_type` and `architectures`).
+
+    Args:
+        config: names the model type.
+        architecture: the model's class where there is a model; else the config names it, if it does.
 
     Raises:
         ValueError: the architecture is not supported; the message lists those that are.
     """
     model_type = getattr(config, "model_type", None)
-    named = getattr(config, "architectures", None) or []
+    named = [architecture] if architecture else getattr(config, "architectures", None) or []
     family = families().get(model_type)
     if family is None or (named and family.architecture not in named):
         supported = ", ".join(f"{known.architecture} ({known.model_type})" for known in families().values())

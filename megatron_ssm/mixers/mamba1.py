@@ -124,8 +124,8 @@ class Mamba1Mixer(nn.Module):
         return nn.functional.linear(dt.to(self.dt_proj.weight.dtype), self.dt_proj.weight), B, C
 
     def _A(self) -> torch.Tensor:
-        """A = −exp(A_log), [I/T, N]; computed once for as long as A_log stays the same."""
-        if torch.is_grad_enabled() and self.A_log.requires_grad:
+        """A = −exp(A_log), [I/T, N]; computed once for as long as A_log is not trained, moved or written to."""
+        if self.A_log.requires_grad:
             return -self.A_log.exp()
         key = (id(self.A_log), self.A_log._version, self.A_log.device)
         if self._transition is None or self._transition[0] != key:

@@ -85,7 +85,7 @@ def test_sampling_and_lengths_reach_generation_and_batches_have_their_size(noted
         max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.9, seed=5, batch_size=2, dtype="float32"
     )
     with session.Session(config) as answers:
-        records = answers.batches(_prompts(5))
+        records = list(answers.batches(_prompts(5)))
     assert [arguments[1].shape[0] for arguments, _ in calls] == [2, 2, 1]
     for _, keywords in calls:
         assert keywords["max_new_tokens"] == 3

@@ -30,13 +30,20 @@ def _choices(context, logits: torch.Tensor, settings: list[dict], positions: tor
 
     with make_reduction(context.group, "cpu") as reduction:
         head = Head(reduction)
-        return [choose(head.cut(logits), head, Sampling(**one), positions).tolist() for one in settings]
+        return [
+            choose(head.cut(logits), head, Sampling(**one), torch.arange(len(logits)), positions).tolist()
+            for one in settings
+        ]
 
 
 def _one_rank() -> Head:
     from megatron_ssm.collectives import make_reduction
 
     return Head(make_reduction(None, "cpu"))
+
+
+def _choose(logits: torch.Tensor, settings: dict, positions: torch.Tensor) -> torch.Tensor:
+    return choose(logits, _one_rank(), Sampling(**settings), torch.arange(len(logits)), positions)
 
 
 SETTINGS = [
@@ -55,7 +62,9 @@ def test_any_number_of_ranks_draws_the_same(ranks, size):
     logits = 3 * torch.randn(16, VOCAB, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(16) * 7
     head = _one_rank()
-    expected = [choose(logits, head, Sampling(**one), positions).tolist() for one in SETTINGS]
+    expected = [
+        choose(logits, head, Sampling(**one), torch.arange(len(logits)), positions).tolist() for one in SETTINGS
+    ]
     for got in ranks(_choices, size, logits, SETTINGS, positions):
         assert got == expected
 
@@ -72,7 +81,7 @@ def test_ties_go_to_the_smallest_id(ranks, size):
 
 def test_frequencies_follow_the_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0] + [-30.0] * (VOCAB - 4)).expand(20000, VOCAB)
-    rows = choose(logits, _one_rank(), Sampling(temperature=1.0), torch.zeros(20000, dtype=torch.int64))
+    rows = _choose(logits, {"temperature": 1.0}, torch.zeros(20000, dtype=torch.int64))
     share = torch.bincount(rows, minlength=VOCAB)[:4] / 20000
     expected = logits[0].softmax(-1)[:4]
     assert (share - expected).abs().max() < 4 * math.sqrt(0.25 / 20000)
@@ -81,23 +90,39 @@ def test_frequencies_follow_the_softmax():
 def test_top_k_and_top_p_leave_the_others_out():
     logits = torch.linspace(3, 0, VOCAB).expand(4000, VOCAB)
     positions = torch.arange(4000)
-    assert choose(logits, _one_rank(), Sampling(temperature=1.0, top_k=7), positions).max() == 6
+    assert _choose(logits, {"temperature": 1.0, "top_k": 7}, positions).max() == 6
     probabilities = logits[0].softmax(-1)
     allowed = int((probabilities.cumsum(0) - probabilities < 0.2).sum())
-    assert choose(logits, _one_rank(), Sampling(temperature=1.0, top_p=0.2), positions).max() == allowed - 1
+    assert _choose(logits, {"temperature": 1.0, "top_p": 0.2}, positions).max() == allowed - 1
 
 
 def test_noise_depends_on_seed_row_position_and_id():
-    ids, positions = torch.arange(50), torch.tensor([4, 4])
-    noise = _gumbel(ids, positions, 0, torch.float64)
+    ids, streams, positions = torch.arange(50), torch.tensor([0, 1]), torch.tensor([4, 4])
+    noise = _gumbel(ids, streams, positions, 0, torch.float64)
     assert len(noise.unique()) == 100
-    assert not torch.equal(noise, _gumbel(ids, positions, 1, torch.float64))
-    assert not torch.equal(noise, _gumbel(ids, positions + 1, 0, torch.float64))
-    assert torch.equal(noise[:, 10:20], _gumbel(ids[10:20], positions, 0, torch.float64))
-    assert abs(float(_gumbel(torch.arange(200000), positions[:1], 0, torch.float64).mean()) - 0.5772) < 0.01
+    assert not torch.equal(noise, _gumbel(ids, streams, positions, 1, torch.float64))
+    assert not torch.equal(noise, _gumbel(ids, streams, positions + 1, 0, torch.float64))
+    assert torch.equal(noise[:, 10:20], _gumbel(ids[10:20], streams, positions, 0, torch.float64))
+    many = _gumbel(torch.arange(200000), streams[:1], positions[:1], 0, torch.float64)
+    assert abs(float(many.mean()) - 0.5772) < 0.01
+
+
+def test_a_row_draws_the_same_in_any_batch():
+    logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1))
+    streams, positions, head = torch.arange(6), torch.full((6,), 9), _one_rank()
+    together = choose(logits, head, Sampling(temperature=1.0), streams, positions)
+    for row in range(6):
+        one = slice(row, row + 1)
+        assert choose(logits[one], head, Sampling(temperature=1.0), streams[one], positions[one]) == together[row]
+
+
+def test_the_coldest_temperatures_take_the_likeliest_token():
+    logits = 40 * torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(2))
+    for temperature in (1e-39, 1e-7, 1e-5):
+        assert torch.equal(_choose(logits, {"temperature": temperature}, torch.zeros(8).long()), logits.argmax(-1))
 
 
 def test_parameters_out_of_range():
-    for wrong in ({"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 2.0}):
+    for wrong in ({"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 2.0}, {"seed": 1.5}, {"seed": 2**63}):
         with pytest.raises(ValueError, match="expected"):
             Sampling(**wrong)

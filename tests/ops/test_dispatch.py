@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import ssm_kernels
-from ssm_kernels import backend_report, rms_norm, use_backend
+from ssm_kernels import backend_report, dispatch, native, rms_norm, use_backend
 
 KERNELS = Path(ssm_kernels.__file__).parent.parent
 NORMS = """
@@ -95,7 +97,7 @@ def test_without_a_compiler_one_warning_says_why(tmp_path):
     forced = python(NORMS, CXX="/nonexistent", SSM_KERNELS_CACHE=cache, SSM_KERNELS_BACKEND="native")
     count, warning, report = finish(process).splitlines()
     assert count == "1"
-    assert "no C++ compiler found (looked for /nonexistent)" in warning and "(slow) reference" in warning
+    assert "no C++ compiler found (looked for /nonexistent)" in warning and "slow PyTorch reference" in warning
     assert "unavailable: no C++ compiler found" in report
     _, error = forced.communicate(timeout=120)
     assert forced.returncode != 0
@@ -104,14 +106,138 @@ def test_without_a_compiler_one_warning_says_why(tmp_path):
     )
 
 
-def test_a_failing_compiler_is_quoted(tmp_path):
-    compiler = tmp_path / "compiler"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "disk of sand" >&2; exit 1\n'
-    )
+def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
+    monkeypatch.setattr(dispatch, "_unavailable", lambda: "no compiler")
+    x, pool = torch.ones(1, 4, 4), torch.ones(1, 4, 1)
+    calls = {
+        "rms_norm": lambda: rms_norm(x),
+        "causal_conv1d": lambda: ssm_kernels.causal_conv1d(x, torch.ones(4, 2)),
+        "causal_conv1d_update": lambda: ssm_kernels.causal_conv1d_update(x[:, 0], pool, torch.ones(4, 2)),
+        "selective_scan": lambda: ssm_kernels.selective_scan(x, x, torch.ones(4, 1), x[..., :1], x[..., :1]),
+        "selective_state_update": lambda: ssm_kernels.selective_state_update(
+            pool, x[:, 0], x[:, 0], torch.ones(4, 1), x[:, 0, :1], x[:, 0, :1]
+        ),
+    }
+    for op, call in calls.items():
+        monkeypatch.setattr(dispatch, "_warned", False)
+        with pytest.warns(RuntimeWarning, match="slow PyTorch reference .*: no compiler") as caught:
+            call()
+        assert [one.filename for one in caught] == [__file__], op
+        call()
+
+
+def fake_compiler(folder, commands):
+    """A compiler that knows its version and does `commands` when asked for anything else."""
+    compiler = folder / "compiler"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\n{commands}\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    out = finish(python(NORMS, CXX=str(compiler), SSM_KERNELS_CACHE=str(tmp_path / "cache")))
+    return str(compiler)
+
+
+def test_a_failing_compiler_is_quoted(tmp_path):
+    compiler = fake_compiler(tmp_path, 'echo "disk of sand" >&2; exit 1')
+    out = finish(python(NORMS, CXX=compiler, SSM_KERNELS_CACHE=str(tmp_path / "cache")))
     assert out.startswith("1\n") and "disk of sand" in out
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        ("os.replace", "No space left on device"),
+        ("fcntl.flock", "No locks available"),
+        ("tempfile.mkdtemp", "Read-only file system"),
+    ],
+)
+def test_what_the_file_system_refuses_is_the_reason_for_the_reference(refused, reason, tmp_path):
+    refuse = f"""
+import errno, fcntl, os, tempfile
+def refuse(*_, **__):
+    raise OSError({{os.strerror(code): code for code in errno.errorcode}}[{reason!r}], {reason!r})
+{refused} = refuse
+"""
+    # Taken away after the imports, which may use it.
+    script = f"import torch, ssm_kernels\n{refuse}{NORMS}"
+    compiler = fake_compiler(tmp_path, "exit 0")
+    count, warning, report = finish(
+        python(script, CXX=compiler, SSM_KERNELS_CACHE=str(tmp_path / "cache"))
+    ).splitlines()
+    assert count == "1"
+    assert f"ssm_kernels cannot be built with {compiler} in {tmp_path / 'cache'}: " in warning and reason in warning
+    assert "unavailable: ssm_kernels cannot be built" in report
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+    """No home directory and no cache folder set; the temporary folder is the test's own."""
+
+    def unknown(_):
+        raise KeyError("no such user")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "SSM_KERNELS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="home directory"):
+        Path.home()
+    return tmp_path / f"ssm_kernels-{os.getuid()}"
+
+
+def test_cache_folder_without_a_home(homeless, monkeypatch, tmp_path):
+    assert native.cache_folder() == homeless
+    assert stat.S_IMODE(homeless.stat().st_mode) == 0o700
+    assert native.cache_folder() == homeless, "made before"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert native.cache_folder() == tmp_path / "xdg" / "ssm_kernels"
+    monkeypatch.setenv("SSM_KERNELS_CACHE", str(tmp_path / "chosen"))
+    assert native.cache_folder() == tmp_path / "chosen"
+
+
+def test_cache_folder_where_home_cannot_hold_one(homeless, monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    home.write_text("a file")
+    monkeypatch.setenv("HOME", str(home))
+    assert native.cache_folder() == homeless
+    home.unlink()
+    assert native.cache_folder() == home / ".cache" / "ssm_kernels"
+    monkeypatch.setenv("SSM_KERNELS_CACHE", __file__)
+    with pytest.raises(
+        native.NativeBuildError, match=r"no cache folder \(.*test_dispatch.py: File exists\); set SSM_K"
+    ):
+        native.cache_folder()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_temporary_cache_that_others_can_write_is_refused(mode, homeless):
+    homeless.mkdir()
+    homeless.chmod(mode)
+    with pytest.raises(native.NativeBuildError, match=r"expected a folder of user .* that no other can write, found d"):
+        native.cache_folder()
+    homeless.chmod(0o755)
+    assert native.cache_folder() == homeless
+
+
+def test_a_temporary_cache_of_another_user_or_behind_a_link_is_refused(homeless, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    homeless.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(native.NativeBuildError, match="found lrwx"):
+        native.cache_folder()
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    (tmp_path / f"ssm_kernels-{owner + 1}").mkdir(mode=0o700)
+    with pytest.raises(native.NativeBuildError, match=f"found drwx------ of user {owner}"):
+        native.cache_folder()
+
+
+def test_only_gcc_is_looked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\n")
+    clang.chmod(0o755)
+    with pytest.raises(native.NativeBuildError, match=r"looked for g\+\+"):
+        native.find_compiler()
+    monkeypatch.setenv("CXX", "clang++")
+    assert native.find_compiler() == str(clang)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

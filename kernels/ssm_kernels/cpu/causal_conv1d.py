@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssm_kernels.cpu import library
-from ssm_kernels.cpu.library import pointer, raise_for_code, rows, state_view, unit_stride
+from ssm_kernels.cpu.library import fp32_empty, pointer, raise_for_code, rows, sequences_of, state_view, unit_stride
 
 MIN_WIDTH, MAX_WIDTH = 2, 8  # kForward in csrc/causal_conv1d.cpp
 
@@ -30,7 +30,7 @@ def forward(
 
     `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
     """
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     block, _kept = _arguments(x, weight, bias, silu, initial, final, starts, state_indices, out)
     code = library.entry_point("causal_conv1d_forward")(block)
     if code:
@@ -42,10 +42,6 @@ def _arguments(x, weight, bias, silu, initial, final, starts, state_indices, out
     # The second result keeps copies alive while the kernel runs.
     weight, bias = unit_stride(weight), unit_stride(bias)
     kept = [weight, bias]
-    if starts is None:
-        sequences, length = x.shape[0], (x.shape[1] if x.dim() == 3 else 1)
-    else:
-        sequences, length = starts.shape[0] - 1, x.shape[1]
     block = _pack(
         *rows(x, kept),
         *rows(out, kept),
@@ -58,8 +54,7 @@ def _arguments(x, weight, bias, silu, initial, final, starts, state_indices, out
         *state_view(final),
         *library.slots(state_indices, final),
         pointer(starts),
-        sequences,
-        length,
+        *sequences_of(x, starts),
         x.shape[-1],
         weight.shape[1],
         silu,
@@ -79,9 +74,9 @@ def backward(
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     initial, final_grad = unit_stride(initial), unit_stride(final_grad)
     block, kept = _arguments(x, weight, bias, silu, initial, final_grad, starts, None, out_grad)
-    x_grad, weight_grad = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
-    bias_grad = None if bias is None else torch.empty(bias.shape)
-    initial_grad = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype)
+    x_grad, weight_grad = x.new_empty(x.shape), fp32_empty(weight.shape)
+    bias_grad = None if bias is None else fp32_empty(bias.shape)
+    initial_grad = None if initial is None else initial.new_empty(initial.shape)
     gradients = _pack_gradients(
         *rows(x_grad, kept), *state_view(initial_grad), weight_grad.data_ptr(), pointer(bias_grad)
     )

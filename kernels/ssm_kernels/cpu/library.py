@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,6 +29,10 @@ ENTRY_POINTS = (
     "rms_norm_backward",
 )
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+# Kernels write through pointers, so nothing may have torch's default dtype or device, which the user sets: launchers
+# allocate with `new_empty`, which has those of its tensor, or with this.
+fp32_empty = partial(torch.empty, dtype=torch.float32, device="cpu")
 
 NO_ROWS = (0, 0, 0, 0)
 NO_SLOTS = (0, 0, 0)
@@ -62,6 +66,13 @@ def parameter(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
         return tensor
     return tensor.detach().to(torch.float32).contiguous()
+
+
+def sequences_of(x: Tensor, starts: Tensor | None) -> tuple[int, int]:
+    """Number of sequences, and of tokens in a row of x: [B, L, channels], or [B, channels] for one token a row."""
+    if starts is not None:
+        return starts.shape[0] - 1, x.shape[1]
+    return x.shape[0], (x.shape[1] if x.dim() == 3 else 1)
 
 
 def pointer(tensor: Tensor | None) -> int:

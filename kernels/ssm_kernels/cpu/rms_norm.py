@@ -18,8 +18,8 @@ def forward(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, residual_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, new residual), the latter None unless `residual_dtype` is given."""
-    out = torch.empty(x.shape, dtype=x.dtype)
-    residual_out = None if residual_dtype is None else torch.empty(x.shape, dtype=residual_dtype)
+    out = x.new_empty(x.shape)
+    residual_out = None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype)
     block, _kept = _arguments(x, residual, weight, out, residual_out, eps)
     library.entry_point("rms_norm_forward")(block)
     return out, residual_out
@@ -34,9 +34,11 @@ def backward(
     residual_out_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of (x, weight, residual), None where the input was omitted; weight in fp32."""
-    x_grad = torch.empty(x.shape, dtype=x.dtype)
-    residual_grad = None if residual is None else torch.empty(x.shape, dtype=residual.dtype)
-    weight_grad = None if weight is None else torch.zeros(torch.get_num_threads(), x.shape[-1])
+    x_grad = x.new_empty(x.shape)
+    residual_grad = None if residual is None else residual.new_empty(x.shape)
+    weight_grad = None
+    if weight is not None:
+        weight_grad = weight.new_zeros(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
     block, kept = _arguments(x, residual, weight, out_grad, residual_out_grad, eps)
     gradients = _pack_gradients(
         *_matrix(x_grad, kept), *_matrix(residual_grad, kept), 0 if weight_grad is None else weight_grad.data_ptr()

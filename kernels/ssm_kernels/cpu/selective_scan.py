@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from ssm_kernels.cpu import library
-from ssm_kernels.cpu.library import parameter, pointer, raise_for_code, rows, state_view, unit_stride
+from ssm_kernels.cpu.library import (
+    fp32_empty,
+    parameter,
+    pointer,
+    raise_for_code,
+    rows,
+    sequences_of,
+    state_view,
+    unit_stride,
+)
 
 CHUNK = 64  # kChunk in csrc/selective_scan.h
 BLOCK = 16  # kLanes in csrc/vector.h
@@ -38,7 +47,7 @@ def forward(
 
     `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
     """
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     A, D, dt_bias = parameter(A), parameter(D), parameter(dt_bias)
     block, _kept = _arguments(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, final, starts, state_indices, chunk_states, out
@@ -54,10 +63,6 @@ def _arguments(
 ) -> tuple[bytes, list[Tensor]]:
     # The second result keeps copies alive while the kernel runs.
     kept: list[Tensor] = []
-    if starts is None:
-        sequences, length = x.shape[0], (x.shape[1] if x.dim() == 3 else 1)
-    else:
-        sequences, length = starts.shape[0] - 1, x.shape[1]
     block = _pack(
         *rows(x, kept),
         *rows(dt, kept),
@@ -72,8 +77,7 @@ def _arguments(
         *state_view(final),
         *library.slots(state_indices, final),
         pointer(starts),
-        sequences,
-        length,
+        *sequences_of(x, starts),
         x.shape[-1],
         A.shape[1],
         dt_softplus,
@@ -87,7 +91,7 @@ def chunk_states_for(x: Tensor, A: Tensor, starts: Tensor | None) -> Tensor:
     """Room for the states that the backward starts from, one every CHUNK tokens of each sequence."""
     batch, length, channels = x.shape
     chunks = batch * -(-length // CHUNK) if starts is None else length // CHUNK + starts.shape[0]
-    return torch.empty(chunks, -(-channels // BLOCK), A.shape[1], BLOCK)
+    return fp32_empty(chunks, -(-channels // BLOCK), A.shape[1], BLOCK)
 
 
 def backward(
@@ -109,12 +113,12 @@ def backward(
         x, dt, A32, B, C, D32, z, bias32, dt_softplus, None, None, starts, None, chunk_states, None
     )
     batch, length, states = B.shape
-    x_grad, dt_grad = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=dt.dtype)
-    z_grad = None if z is None else torch.empty(z.shape, dtype=z.dtype)
-    A_grad = torch.empty(A.shape)
-    D_grad, bias_grad = (None if p is None else torch.empty(p.shape) for p in (D, dt_bias))
-    B_grad, C_grad = (torch.empty(torch.get_num_threads(), batch, length, states) for _ in range(2))
-    initial_grad = None if initial is None else torch.empty(initial.shape)
+    x_grad, dt_grad = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    z_grad = None if z is None else z.new_empty(z.shape)
+    A_grad = fp32_empty(A.shape)
+    D_grad, bias_grad = (None if p is None else fp32_empty(p.shape) for p in (D, dt_bias))
+    B_grad, C_grad = (fp32_empty(torch.get_num_threads(), batch, length, states) for _ in range(2))
+    initial_grad = None if initial is None else fp32_empty(initial.shape)
     gradients = _pack_gradients(
         *rows(out_grad, kept),
         *state_view(final_grad),
