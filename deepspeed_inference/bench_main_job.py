@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+import ssm_kernels
+
 SHAPE_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
 PROMPT = 512
 
@@ -38,14 +40,17 @@ def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, sha
             "their_decode": lambda: [theirs(ids[:, :1], cache_params=cache) for _ in range(decode_steps)],
             "our_decode": lambda: [engine.decode(ids[:, :1], context) for _ in range(decode_steps)],
         }
+        timed["products"] = _products_alone(engine)
         seconds = _interleaved(timed, rounds)
     return {
         "their_prefill_tokens_per_second": PROMPT / statistics.median(seconds["their_prefill"]),
         "our_prefill_tokens_per_second": PROMPT / statistics.median(seconds["our_prefill"]),
+        "products_alone_tokens_per_second": PROMPT / statistics.median(seconds["products"]),
         "their_decode_ms": 1e3 * statistics.median(seconds["their_decode"]) / decode_steps,
         "our_decode_ms": 1e3 * statistics.median(seconds["our_decode"]) / decode_steps,
         "prefill_speedup": _ratio(seconds["their_prefill"], seconds["our_prefill"]),
         "decode_speedup": _ratio(seconds["their_decode"], seconds["our_decode"]),
+        "prefill_speedup_of_products_alone": _ratio(seconds["their_prefill"], seconds["products"]),
     }
 
 
@@ -79,6 +84,16 @@ def memory_of_loading(ranks: int, dtype: torch.dtype, shape: dict) -> dict:
         "grown_mb": [value / 1e6 for value in grown],
         "within": max(grown) <= allowed,
     }
+
+
+def _products_alone(engine) -> Callable:
+    """A prefill's matrix products and nothing else: what no prefill on this machine's cores can go below."""
+    mixers = [block.mixer for block in engine.module.backbone.layers]
+    weights = [
+        layer.weight for mixer in mixers for layer in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    ]
+    inputs = {weight.shape[1]: torch.randn(PROMPT, weight.shape[1]).to(weight.dtype) for weight in weights}
+    return lambda: [ssm_kernels.linear(inputs[weight.shape[1]], weight) for weight in weights]
 
 
 def _time_layouts(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 
+import ssm_kernels
 from megatron_ssm.collectives import EMBEDDING, Reduction
 from megatron_ssm.layout import ParameterLayout
 
@@ -44,7 +45,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., rows of this rank]."""
-        return F.linear(hidden, self.weight, self.bias)
+        return ssm_kernels.linear(hidden, self.weight, self.bias)
 
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views of an output, one a segment of the layout, in its order."""
@@ -71,7 +72,7 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
     def forward(self, piece: torch.Tensor) -> torch.Tensor:
         """[..., I/T] -> this rank's partial sum [..., D]."""
-        return F.linear(piece, self.weight)
+        return ssm_kernels.linear(piece, self.weight)
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
@@ -119,7 +120,7 @@ class VocabParallelHead(ColumnParallelLinear):
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> this rank's logits [..., V/T]; ids that only pad the vocabulary get −inf."""
-        logits = F.linear(self.reduction.copy_to_ranks(hidden), self.weight)
+        logits = ssm_kernels.linear(self.reduction.copy_to_ranks(hidden), self.weight)
         real = self.vocab_size - self.vocab_start
         if real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= real

@@ -6,6 +6,7 @@ same signature in `ssm_kernels.reference`. `dispatch` chooses the backend.
 
 from ssm_kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from ssm_kernels.dispatch import backend_report, use_backend
+from ssm_kernels.linear import linear
 from ssm_kernels.rms_norm import rms_norm
 from ssm_kernels.selective_scan import selective_scan, selective_state_update
 
@@ -13,6 +14,7 @@ __all__ = [
     "backend_report",
     "causal_conv1d",
     "causal_conv1d_update",
+    "linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

@@ -63,6 +63,11 @@ def choose(op: str, tensors: tuple[Tensor | None, ...], limit: str | None = None
     return False
 
 
+def is_forced(backend: str) -> bool:
+    """Whether a `use_backend` or the environment asks for this one."""
+    return _forced == backend
+
+
 def backend_report() -> dict[str, str]:
     """What is forced, whether the native library works, and the last choice of each op with its reason."""
     unavailable = _unavailable()

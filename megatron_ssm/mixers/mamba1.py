@@ -121,7 +121,7 @@ class Mamba1Mixer(nn.Module):
         if self.config.normalize_dt_b_c:
             dt, B, C = (ssm_kernels.rms_norm(value, None, self.config.dt_b_c_norm_eps) for value in (dt, B, C))
         # The bias of dt goes into the scan, which adds it in fp32.
-        return nn.functional.linear(dt.to(self.dt_proj.weight.dtype), self.dt_proj.weight), B, C
+        return ssm_kernels.linear(dt.to(self.dt_proj.weight.dtype), self.dt_proj.weight), B, C
 
     def _A(self) -> torch.Tensor:
         """A = −exp(A_log), [I/T, N]; computed once for as long as A_log is not trained, moved or written to."""

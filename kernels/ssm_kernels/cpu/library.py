@@ -18,7 +18,7 @@ from torch import Tensor
 from ssm_kernels import native
 
 FOLDER = Path(__file__).parent.parent / "csrc"
-SOURCES = ("selective_scan.cpp", "selective_scan_backward.cpp", "causal_conv1d.cpp", "rms_norm.cpp")
+SOURCES = ("selective_scan.cpp", "selective_scan_backward.cpp", "causal_conv1d.cpp", "rms_norm.cpp", "linear.cpp")
 HEADERS = ("vector.h", "rows.h", "selective_scan.h")
 ENTRY_POINTS = (
     "selective_scan_forward",
@@ -27,6 +27,7 @@ ENTRY_POINTS = (
     "causal_conv1d_backward",
     "rms_norm_forward",
     "rms_norm_backward",
+    "linear_forward",
 )
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
