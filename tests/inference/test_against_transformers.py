@@ -140,3 +140,28 @@ def test_a_model_instance_is_injected_in_place(ranks, size):
     expected = _expected("mamba")
     for got in ranks(_of_an_instance, size, expected["ids"]):
         assert (got - expected["logits"]).abs().max() / expected["logits"].abs().max() <= expected["tolerance"]
+
+
+def _sampled_by_transformers(context, directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1000 + context.rank)
+    with closing(_engine(context, directory, torch.float32)) as engine:
+        return engine.module.generate(ids, max_new_tokens=12, do_sample=True)
+
+
+def test_ranks_that_were_seeded_apart_sample_the_same_by_transformers_generate(ranks):
+    answers = ranks(_sampled_by_transformers, 2, tiny_checkpoint(), random_ids(ROWS, 6))
+    assert torch.equal(answers[0], answers[1])
+
+
+def _outside_the_vocabulary(context, directory: Path) -> str:
+    with closing(_engine(context, directory, torch.float32)) as engine:
+        try:
+            engine.module(torch.tensor([[97]]))
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+def test_ids_outside_the_vocabulary_fail_through_transformers_too(ranks):
+    for message in ranks(_outside_the_vocabulary, 2, tiny_checkpoint()):
+        assert "expected ids in 0..96, found 97" in message

@@ -78,6 +78,14 @@ def test_replicas_share_the_prompts_of_a_file_and_the_others_run_when_a_line_is_
     assert "replicas" in first.stdout
 
 
+def test_replicas_print_what_the_prompts_of_the_command_line_give():
+    arguments = ("--prompt", "def ", "--prompt", "import ", "--max-new-tokens", "4", "--tp-size", "1")
+    first, second = _infer(*arguments, ranks=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert "── 1\ndef " in first.stdout and "── 2\nimport " in first.stdout
+    assert second.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

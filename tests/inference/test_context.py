@@ -136,3 +136,45 @@ def test_deepspeed_is_underneath_and_replaced_nothing():
     modules = {type(module).__module__.split(".")[0] for module in engine.module.modules()}
     assert modules <= {"transformers", "deepspeed_inference", "megatron_ssm", "torch"}
     assert "nn.Linear" not in {f"nn.{type(m).__name__}" for m in engine.module.modules()}
+
+
+def test_a_step_that_fails_leaves_a_context_that_nobody_can_continue(engine, monkeypatch):
+    context = engine.new_context(1)
+    engine.prefill(random_ids(1, 4), context)
+    monkeypatch.setattr(engine._blocks[1], "step", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.decode(torch.tensor([3]), context)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="its last step failed"):
+        engine.decode(torch.tensor([3]), context)
+
+
+def test_numbers_that_are_no_integers_are_refused(engine):
+    context = engine.new_context(2)
+    with pytest.raises(ValueError, match=r"lengths: expected integers, found torch\.float32"):
+        engine.prefill(random_ids(2, 4), context, lengths=torch.tensor([2.9, 3.5]))
+    with pytest.raises(ValueError, match="expected row indices"):
+        context.reorder(torch.tensor([0.9, 1.2]))
+    for wrong in (2.5, "a", 0):
+        with pytest.raises(ValueError, match="max_new_tokens: expected a positive integer"):
+            engine.generate(random_ids(1, 4), max_new_tokens=wrong)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[1, 4\], found \[4\]"):
+        engine.generate(random_ids(1, 4), attention_mask=torch.ones(4))
+
+
+def test_ends_as_a_list_fill_with_the_first_of_them(engine):
+    ids = random_ids(2, 5)
+    free = engine.generate(ids, max_new_tokens=10, eos_token_id=[])[:, 5:]
+    early, never = int(free[0, 2]), next(token for token in range(96, 0, -1) if token not in free)
+    engine.module.generation_config.pad_token_id, padding = None, engine.module.generation_config.pad_token_id
+    try:
+        got = engine.generate(ids, None, 10, False, [never, early])
+    finally:
+        engine.module.generation_config.pad_token_id = padding
+    row = got[0, 5:].tolist()
+    assert set(row[row.index(early) + 1 :]) <= {never}
+
+
+def test_a_batch_of_another_size_than_the_context_is_refused_through_transformers_too(engine):
+    with pytest.raises(ValueError, match="expected 3 rows, as the context has, found 2"):
+        engine.module(random_ids(2, 4), cache_params=engine.new_context(3))

@@ -225,3 +225,77 @@ def test_table_covers_the_checkpoint():
     config = tiny_model().config
     assert set(source.shapes()) == set(family_of(config).parameters(config))
     source.close()
+
+
+def _with_head(copied, head: torch.Tensor) -> None:
+    file = copied / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": head}, file, metadata={"format": "pt"})
+
+
+def test_a_head_stored_beside_the_embedding_is_tied_only_if_it_is_the_same(copied):
+    from transformers import MambaForCausalLM
+
+    ids, embedding = random_ids(1, 5), tiny_model().backbone.embeddings.weight.detach()
+    _with_head(copied, embedding.clone())
+    engine = init_inference(copied, dtype=torch.float32)
+    assert engine.module.lm_head.weight is engine.module.backbone.embeddings.weight
+    _with_head(copied, embedding.flip(0).contiguous())
+    with torch.inference_mode():
+        expected = MambaForCausalLM.from_pretrained(copied)(ids).logits
+        torch.testing.assert_close(init_inference(copied, dtype=torch.float32)(ids).logits, expected)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    folder = shutil.copytree(tiny_checkpoint(shard_size="20KB"), tmp_path / "model")
+    shutil.copy(tiny_checkpoint(seed=5) / "model.safetensors", folder)
+    ids = random_ids(1, 5)
+    with torch.inference_mode():
+        expected = init_inference(tiny_checkpoint(seed=5), dtype=torch.float32)(ids).logits
+        assert torch.equal(init_inference(folder, dtype=torch.float32)(ids).logits, expected)
+
+
+def test_an_index_that_promises_a_tensor_which_its_file_does_not_hold(tmp_path):
+    folder = shutil.copytree(tiny_checkpoint(shard_size="20KB"), tmp_path / "model")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == files[0])
+    index["weight_map"][name] = files[1]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{files[1]}: expected tensor {name}, as .*index\.json says, found none"):
+        init_inference(folder)
+
+
+def test_quantized_weights_are_not_taken_for_numbers(copied):
+    file = copied / "model.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layers.0.mixer.in_proj.weight"] = tensors["backbone.layers.0.mixer.in_proj.weight"].to(torch.int8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"in_proj\.weight: expected dtype F64, F32, F16, BF16, found I8"):
+        init_inference(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[1]", "expected keys and values, found list"),
+        ("generation_config.json", "{", "generation_config"),
+    ],
+)
+def test_other_files_that_are_wrong(copied, name, content, message):
+    (copied / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        init_inference(copied)
+
+
+def test_a_model_that_is_no_language_model_is_unsupported():
+    with pytest.raises(ValueError, match=r"unsupported architecture: found MambaModel \(mamba\)"):
+        init_inference(tiny_model().backbone)
+
+
+def _unreadable_on_one_rank(context, directory, empty):
+    return _load_badly(context, directory if context.rank else empty)
+
+
+def test_every_rank_raises_when_the_checkpoint_is_missing_on_one(ranks, tmp_path):
+    for message in ranks(_unreadable_on_one_rank, 2, tiny_checkpoint(), tmp_path):
+        assert "found no config.json" in message
