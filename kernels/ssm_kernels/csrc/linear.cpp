@@ -93,9 +93,12 @@ std::vector<char> prepare_inputs(const LinearArguments& args) {
 template <class Format, int M>
 void turn(const char* const* weights, const char* x, int64_t x_stride, int64_t in, vfloat (*sums)[M]) {
   const int64_t whole = in / Format::kInputs, rest_bytes = in % Format::kInputs * Format::kElementBytes;
+  const int64_t row_bytes = in * Format::kElementBytes;
   vfloat totals[kTurn][M] = {};
   for (int64_t step = 0; step < whole; ++step) {
     for (int r = 0; r < kTurn; ++r) {
+      // The next turn's rows: the hardware begins anew to look ahead with every row.
+      __builtin_prefetch(weights[r] + kTurn * row_bytes + step * kStepBytes);
       const auto w = Format::load_weights(weights[r] + step * kStepBytes);
       for (int m = 0; m < M; ++m) Format::add(totals[r][m], w, x + m * x_stride + step * Format::kPreparedBytes);
     }
