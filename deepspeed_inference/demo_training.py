@@ -42,20 +42,19 @@ class Recipe:
     seed: int = 0
 
 
-def corpus(seed: int) -> tuple[list[bytes], list[bytes]]:
+def corpus_files(seed: int) -> tuple[list[Path], list[Path]]:
     """The standard library's own files without its tests: (training, held out)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
     files = sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
     random.Random(seed).shuffle(files)
-    texts = [file.read_bytes() for file in files]
-    held_out = len(texts) // 10
-    return texts[held_out:], texts[:held_out]
+    held_out = len(files) // 10
+    return files[held_out:], files[:held_out]
 
 
-def stream(texts: list[bytes]) -> torch.Tensor:
+def stream(files: list[Path]) -> torch.Tensor:
     """All files behind one another, each ended by END: [total] int64."""
-    parts = [torch.tensor([*text, END], dtype=torch.int64) for text in texts]
+    parts = [torch.tensor([*file.read_bytes(), END], dtype=torch.int64) for file in files]
     return torch.cat(parts)
 
 
@@ -106,7 +105,7 @@ def bits_per_byte(model: torch.nn.Module, data: torch.Tensor, recipe: Recipe, wi
 
 def train(recipe: Recipe, minutes: float, work_dir: Path) -> tuple[MambaForCausalLM, dict]:
     """Train until the time is over, counting that of earlier calls; returns the model and its record."""
-    training, held_out = (stream(texts) for texts in corpus(recipe.seed))
+    training, held_out = (stream(files) for files in corpus_files(recipe.seed))
     model = new_model(recipe)
     optimizer = new_optimizer(model, recipe)
     state_file = work_dir / "state.pt"
@@ -216,6 +215,7 @@ A small model to show tensor-parallel inference on something that is not noise. 
 | training | {record["step"]:,} steps of {recipe["batch"]} × {recipe["length"]} bytes ({seen / 1e6:.1f} MB) |
 | hardware and time | CPU, {torch.get_num_threads()} threads, {record["seconds"] / 60:.0f} minutes |
 | held out | {record["held_out_bits_per_byte"]:.3f} bits a byte, windows of {recipe["length"]} bytes without context |
+| | `python tools/evaluate.py checkpoints/demo --held-out` reads each file with all of its context |
 | command | `python tools/train_demo.py --minutes {record["seconds"] / 60:.0f}` |
 
 Matrices are stored in bfloat16; `A_log`, `D` and the bias of dt in float32.

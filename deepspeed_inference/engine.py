@@ -28,6 +28,7 @@ from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
 from deepspeed_inference.pretrained import empty_model, model_directory, read_config
 from deepspeed_inference.sampling import Sampling
+from deepspeed_inference.scoring import log_probabilities
 from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family, family_of
@@ -204,6 +205,28 @@ class SSMInferenceEngine(InferenceEngine):
         output, residual = self._run(ids.to(self.device), context, None)
         context.advance(1)
         return self._logits(output[:, 0], residual[:, 0], gather_logits)
+
+    @torch.inference_mode()
+    def score(self, input_ids: torch.Tensor, targets: torch.Tensor, context: SSMInferenceContext) -> torch.Tensor:
+        """How likely each target is after its input and all before it; the context goes on by the inputs.
+
+        Args:
+            input_ids: [B, L] ids.
+            targets: [B, L] ids, the tokens that came next.
+            context: of B sequences.
+
+        Returns:
+            [B, L] log-probabilities in nats, the same on every rank.
+        """
+        self._check_ids(input_ids)
+        self._check_ids(targets)
+        if targets.shape != input_ids.shape:
+            raise ValueError(f"targets: expected shape {list(input_ids.shape)}, found {list(targets.shape)}")
+        self._check_batch(input_ids.shape[0], context)
+        output, residual = self._run(input_ids.to(self.device), context, None)
+        context.advance(input_ids.shape[1])
+        logits = self._logits(output, residual, gather=False)
+        return log_probabilities(logits, targets.to(self.device), self.head)
 
     def generate(
         self,

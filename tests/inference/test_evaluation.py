@@ -1,0 +1,97 @@
+"""Scores: transformers' own log-softmax at any number of ranks, streamed as well as at once; and the demo's record."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_ids, tiny_checkpoint, tiny_model
+
+from deepspeed_inference.evaluation import Score
+
+ROOT = Path(__file__).parents[2]
+# Never part of the training data. The number is what the shipped file gave when it was made.
+SAMPLE = '''"""A queue of numbers, with the smallest first."""
+
+
+class Queue:
+    """Keeps its items sorted."""
+
+    def __init__(self, items=()):
+        self._items = sorted(items)
+
+    def push(self, item):
+        """Add one item in its place."""
+        index = len(self._items)
+        while index and self._items[index - 1] > item:
+            index -= 1
+        self._items.insert(index, item)
+
+    def pop(self):
+        """Remove the smallest item and return it."""
+        if not self._items:
+            raise IndexError("the queue is empty")
+        return self._items.pop(0)
+'''
+RECORDED_BITS_PER_BYTE = 0.9910
+
+
+def _scores(context, directory: Path, ids: torch.Tensor, pieces: tuple[int, ...]):
+    from deepspeed_inference import init_inference
+
+    parallel = {"tp_size": context.size, "tp_group": context.group}
+    with closing(init_inference(directory, tensor_parallel=parallel, dtype=torch.float32)) as engine:
+        state = engine.new_context(len(ids))
+        parts = zip(ids[:, :-1].split(pieces, dim=1), ids[:, 1:].split(pieces, dim=1), strict=True)
+        return torch.cat([engine.score(inputs, targets, state) for inputs, targets in parts], dim=1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("variant", ["mamba", "falcon_mamba"])
+def test_scores_are_those_of_transformers(ranks, variant, size):
+    ids = random_ids(2, 31)
+    with torch.no_grad():
+        logits = tiny_model(variant)(ids[:, :-1]).logits
+    expected = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    for pieces in ((30,), (1, 12, 17)):
+        for got in ranks(_scores, size, tiny_checkpoint(variant), ids, pieces):
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_arithmetic_of_scores():
+    score = Score(bytes=2, tokens=4, nats=4 * math.log(2)) + Score(bytes=2, tokens=0, nats=4 * math.log(2))
+    assert score.bits_per_byte == pytest.approx(2.0)
+    assert score.perplexity == pytest.approx(4.0)
+
+
+def test_the_shipped_demo_still_gives_its_recorded_score_and_wrong_files_are_named(tmp_path):
+    file = tmp_path / "sample.txt"
+    file.write_text(SAMPLE)
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(ROOT / "checkpoints" / "demo"), "--json"]
+    run = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    one, total = (json.loads(line) for line in run.stdout.splitlines())
+    assert one["bytes"] == one["tokens"] == len(SAMPLE)
+    assert total["bits_per_byte"] == pytest.approx(RECORDED_BITS_PER_BYTE, abs=2e-3)
+    file.write_bytes(b"\xff\xfe")
+    run = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and f"{file}: 'utf-8' codec" in run.stderr
+
+
+def _one_score_short(context, directory: Path) -> str:
+    from deepspeed_inference import init_inference
+
+    engine = init_inference(directory)
+    with pytest.raises(ValueError, match=r"targets: expected shape \[1, 3\], found \[1, 2\]"):
+        engine.score(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2]]), engine.new_context(1))
+    return "refused"
+
+
+def test_targets_have_the_shape_of_the_inputs():
+    assert _one_score_short(None, tiny_checkpoint()) == "refused"
