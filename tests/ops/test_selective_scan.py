@@ -64,6 +64,16 @@ def test_matches_reference(length, channels, states, dtype):
     compare_with_reference(make_inputs(1, length, channels, states, dtype))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [3, 31, 129, 300, 513])
+@pytest.mark.parametrize("channels", [5, 33, 128, 200])
+@pytest.mark.parametrize("states", [2, 16, 32, 64])
+def test_matches_reference_on_a_large_grid(batch, length, channels, states, dtype):
+    compare_with_reference(make_inputs(batch, length, channels, states, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("omitted", [(name,) for name in ("D", "z", "dt_bias", "initial_state")] + [TENSORS[5:]])
 def test_optional_arguments_omitted(omitted, dtype):
