@@ -73,7 +73,7 @@ class InferenceConfig:
     kernels: str = option("auto", "auto, native or reference: how the recurrences are computed")
     reduction: str = option("auto", "auto, shared_memory or torch: how the ranks add their partial results")
     reduction_timeout: float = option(300.0, "seconds after which a rank gives up waiting for another", type=float)
-    progress: bool = option(False, "show a progress bar while loading")
+    progress: bool = option(True, "show progress bars on a terminal, while loading and over the prompts of a file")
 
     # What is generated
     max_new_tokens: int = option(128, "tokens to generate a prompt", type=int)

@@ -29,7 +29,8 @@ class Session:
 
     def __init__(self, config: InferenceConfig):
         self.config = config
-        self.engine = init_inference(config=replace(config, progress=not config.json))
+        self._shows_progress = config.progress and not config.json
+        self.engine = init_inference(config=replace(config, progress=self._shows_progress))
         self.tokenizer = _read_tokenizer(self.engine.directory)
         self.is_first = self.engine.groups.replica == 0 and self.engine.reduction.rank == 0
         self.measurements = Measurements()
@@ -85,7 +86,8 @@ class Session:
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[dict]:
         size = self.config.batch_size
-        with tqdm(total=len(prompts), desc="prompts", disable=None if self.is_first else True) as bar:
+        show = self._shows_progress and self.is_first
+        with tqdm(total=len(prompts), desc="prompts", disable=None if show else True) as bar:
             for start in range(0, len(prompts), size):
                 batch = prompts[start : start + size]
                 yield from self._answer(batch, None)

@@ -19,7 +19,7 @@ CHANGED = {
     "kernels": ("--kernels", "reference", "reference"),
     "reduction": ("--reduction", "torch", "torch"),
     "reduction_timeout": ("--reduction-timeout", "7.5", 7.5),
-    "progress": ("--progress", None, True),
+    "progress": ("--no-progress", None, False),
     "max_new_tokens": ("--max-new-tokens", "5", 5),
     "temperature": ("--temperature", "0.5", 0.5),
     "top_k": ("--top-k", "4", 4),
