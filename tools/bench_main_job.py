@@ -77,7 +77,7 @@ def _decode(result: dict) -> tuple[str, str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--decode-steps", type=int, default=16)
     parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/main_job.json"))
