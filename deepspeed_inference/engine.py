@@ -288,7 +288,7 @@ class SSMInferenceEngine(InferenceEngine):
         self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            hidden, residual = self._embedding(ids), None
+            hidden, residual = self._embedding.look_up(ids), None
             with self._backend():
                 for index, block in enumerate(self._blocks):
                     hidden, residual = block.step(hidden, residual, context.layer(index), cu_seqlens)
@@ -313,10 +313,7 @@ class SSMInferenceEngine(InferenceEngine):
             raise ValueError(f"input_ids: expected integers of shape [B, L], found {ids.dtype} {list(ids.shape)}")
         if not ids.numel():
             raise ValueError(f"input_ids: expected at least one token a prompt, found shape {list(ids.shape)}")
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= self.head.vocab_size:
-            found = low if low < 0 else high
-            raise ValueError(f"input_ids: expected ids in 0..{self.head.vocab_size - 1}, found {found}")
+        self._embedding.check(ids)
 
     def _check_batch(self, rows: int, context: SSMInferenceContext) -> None:
         context.check_alive()

@@ -91,12 +91,20 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
         self.vocab_size = layout.shape[0]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, L] ids -> [B, L, D], whole on every rank. Ids outside the vocabulary raise ValueError on the CPU."""
+        """[B, L] ids -> [B, L, D], whole on every rank. On the CPU, ids outside the vocabulary raise ValueError."""
         if ids.is_cpu and ids.numel():
-            low, high = torch.aminmax(ids)
-            if low < 0 or high >= self.vocab_size:
-                found = int(low) if low < 0 else int(high)
-                raise ValueError(f"input_ids: expected ids in 0..{self.vocab_size - 1}, found {found}")
+            self.check(ids)
+        return self.look_up(ids)
+
+    def check(self, ids: torch.Tensor) -> None:
+        """Raise ValueError if an id is outside the vocabulary. Waits for the device that the ids lie on."""
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= self.vocab_size:
+            found = low if low < 0 else high
+            raise ValueError(f"input_ids: expected ids in 0..{self.vocab_size - 1}, found {found}")
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """`forward` of ids that were checked before."""
         if self.reduction.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.vocab_start_index
