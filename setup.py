@@ -26,6 +26,7 @@ setup(
         "megatron_ssm.collectives",
         "megatron_ssm.checkpoint",
         "deepspeed_inference",
+        "deepspeed_inference.demo_training",
         "deepspeed_inference.presets",
         "deepspeed_inference.demo",
     ],

@@ -111,12 +111,15 @@ class SSMInferenceContext(Cache):
         self._states = []
         self.layers = []
 
-    def reset(self) -> None:
-        """Forget everything: every row is an empty sequence again."""
+    @torch.inference_mode(False)
+    def reset(self, rows: torch.Tensor | None = None) -> None:
+        """Forget the past: of every row, or of those that `rows` [B] (bool) says."""
         self.check_alive()
-        self._conv.zero_()
-        self._ssm.zero_()
-        self.positions.zero_()
+        rows = torch.ones(self.batch_size, dtype=torch.bool) if rows is None else rows.cpu()
+        there = rows.to(self._ssm.device)
+        self._conv[:, there] = 0
+        self._ssm[:, there] = 0
+        self.positions = self.positions.masked_fill(rows, 0)
 
     # What transformers asks of a Cache.
 

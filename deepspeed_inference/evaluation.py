@@ -1,14 +1,16 @@
-"""How well a model predicts text: bits a byte and perplexity, file by file, streamed through the state.
+"""How well a model predicts text: bits a byte and perplexity, streamed through the state.
 
-A file of any length is read in chunks; the context carries what came before, so that every token is predicted from the
-whole of its file up to there.
+Text of any length is read in chunks; the context carries what came before, so that every token is predicted from the
+whole of its file, or of its row, up to there.
 """
 
 from __future__ import annotations
 
+import itertools
+import lzma
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -43,6 +45,10 @@ class Score:
         """Of a token."""
         return math.exp(self.nats / self.tokens)
 
+    def as_dict(self) -> dict[str, float]:
+        """What was counted, and both measures."""
+        return {**asdict(self), "bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity}
+
 
 def score_text(engine: SSMInferenceEngine, tokenizer, text: str, chunk: int = 2048) -> Score:
     """Score one text from its first token on, which is predicted from the token that ends texts.
@@ -59,28 +65,110 @@ def score_text(engine: SSMInferenceEngine, tokenizer, text: str, chunk: int = 20
     ids = tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError("expected a text with at least one token, found none")
-    if not engine.eos_token_ids:
-        raise ValueError("expected a model with a token that ends texts, to begin from, found none")
-    inputs = torch.tensor([[engine.eos_token_ids[0], *ids[:-1]]])
+    inputs = torch.tensor([[_end_token(engine), *ids[:-1]]])
     targets = torch.tensor([ids])
-    context = engine.new_context(1)
-    nats = 0.0
-    for part, wanted in zip(inputs.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True):
-        nats -= float(engine.score(part, wanted, context).double().sum())
-    context.free()
+    nats = -float(_log_probabilities(engine, inputs, targets, chunk).double().sum())
     return Score(len(text.encode()), len(ids), nats)
 
 
 def score_files(engine: SSMInferenceEngine, tokenizer, files: Iterable[Path]) -> Iterator[tuple[Path, Score]]:
-    """Score files one by one.
+    """Score files one by one; empty ones are passed over.
 
     Raises:
         ValueError: a file cannot be read or is not UTF-8; names it.
     """
     for file in files:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: {error}") from error
+        text = _read(file)
         if text:
             yield file, score_text(engine, tokenizer, text)
+
+
+def text_ids(engine: SSMInferenceEngine, tokenizer, files: Iterable[Path]) -> torch.Tensor:
+    """The ids of all files behind one another, each ended by the model's token for that: [total] int64.
+
+    Raises:
+        ValueError: a file cannot be read or is not UTF-8, or the model has no token that ends texts.
+    """
+    end = _end_token(engine)
+    return torch.tensor([id for file in files for id in (*tokenizer(_read(file))["input_ids"], end)])
+
+
+@dataclass(frozen=True)
+class PositionScore:
+    """What a model needed for the tokens at some positions of many rows.
+
+    Args:
+        first, last: the positions, from 0; the token at position p is predicted from p + 1 tokens.
+        tokens: that were predicted there.
+        bits_per_token: that they took.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    bits_per_token: float
+
+
+def score_positions(
+    engine: SSMInferenceEngine, ids: torch.Tensor, length: int, *, batch: int = 16, chunk: int = 512
+) -> list[PositionScore]:
+    """How a model's predictions change with the length of what it has read.
+
+    A long text is cut into rows at arbitrary places, each read from an empty state. So every range of positions sees
+    the same kind of text, and differs from the others in its past only.
+
+    Args:
+        engine: the model; every rank calls this.
+        ids: [total] of the text.
+        length: of a row; what is left of the text after the last whole row is not read.
+        batch: rows that run together.
+        chunk: tokens of a row that run at once.
+
+    Returns:
+        scores of positions 0..127, 128..255, 256..511 and so on, up to the length of a row.
+
+    Raises:
+        ValueError: the text is shorter than one row.
+    """
+    rows = (ids.numel() - 1) // length if length > 0 else 0
+    if rows < 1:
+        raise ValueError(f"length: expected a positive one, below the text's {ids.numel()} tokens, found {length}")
+    inputs, targets = (part.unflatten(0, (rows, length)) for part in (ids[: rows * length], ids[1 : rows * length + 1]))
+    bits = torch.zeros(length, dtype=torch.float64)
+    for part, wanted in zip(inputs.split(batch), targets.split(batch), strict=True):
+        bits -= _log_probabilities(engine, part, wanted, chunk).double().sum(0).cpu() / math.log(2)
+    edges = [0, *(2**power for power in range(7, 64) if 2**power < length), length]
+    return [
+        PositionScore(first, end - 1, rows * (end - first), float(bits[first:end].sum()) / rows / (end - first))
+        for first, end in itertools.pairwise(edges)
+    ]
+
+
+def xz_bits_per_byte(files: Iterable[Path]) -> dict[str, float]:
+    """What `xz -9` needs: each file by itself, and all of them behind one another."""
+    contents = [Path(file).read_bytes() for file in files]
+    total = sum(len(content) for content in contents)
+    alone = sum(len(lzma.compress(content, preset=9)) for content in contents)
+    together = len(lzma.compress(b"".join(contents), preset=9))
+    return {"file_by_file": 8 * alone / total, "concatenated": 8 * together / total}
+
+
+def _log_probabilities(engine: SSMInferenceEngine, inputs, targets, chunk: int) -> torch.Tensor:  # all [B, L]
+    context = engine.new_context(len(inputs))
+    parts = zip(inputs.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True)
+    scores = torch.cat([engine.score(part, wanted, context) for part, wanted in parts], dim=1)
+    context.free()
+    return scores
+
+
+def _end_token(engine: SSMInferenceEngine) -> int:
+    if not engine.eos_token_ids:
+        raise ValueError("expected a model with a token that ends texts, found none")
+    return engine.eos_token_ids[0]
+
+
+def _read(file: Path) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -2,16 +2,18 @@
 
     python tools/evaluate.py checkpoints/demo README.md
     deepspeed --num_gpus 2 tools/evaluate.py checkpoints/demo --held-out --dtype bfloat16
+    python tools/evaluate.py checkpoints/demo --held-out --positions 16384
 
-`--held-out` takes the files that the demo model was not trained on.
+`--held-out` takes the files that the demo model was not trained on. `--positions N` also reads all files behind one
+another in rows of N tokens, and says how the score changes with the position in the row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from deepspeed_inference.quiet import quiet
@@ -22,7 +24,9 @@ def main() -> int:
     parser.add_argument("model", help="directory or hub id")
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--held-out", action="store_true", help="the demo model's held-out files")
+    parser.add_argument("--positions", type=int, metavar="N", help="also the score by position, in rows of N tokens")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--reduction", default="auto", help="auto, shared_memory or torch: how the ranks add up")
     parser.add_argument("--json", action="store_true", help="one line a file, and one for all")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
@@ -30,47 +34,51 @@ def main() -> int:
     from tqdm import tqdm
 
     from deepspeed_inference.config import InferenceConfig
-    from deepspeed_inference.demo_training import corpus_files
-    from deepspeed_inference.evaluation import Score, score_files
+    from deepspeed_inference.demo_training.corpus import corpus_files
+    from deepspeed_inference.evaluation import Score, score_files, score_positions, text_ids
     from deepspeed_inference.session import Session
 
     try:
         files = [*arguments.files, *(corpus_files(seed=0)[1] if arguments.held_out else [])]
         if not files:
             raise ValueError("expected files, or --held-out, found neither")
-        with Session(InferenceConfig(model=arguments.model, dtype=arguments.dtype)) as session:
+        options = {"model": arguments.model, "dtype": arguments.dtype, "reduction": arguments.reduction}
+        with Session(InferenceConfig(**options)) as session:
+            engine, tokenizer, positions = session.engine, session.tokenizer, []
+            if arguments.positions is not None:
+                positions = score_positions(engine, text_ids(engine, tokenizer, files), arguments.positions)
             scores, total = {}, Score()
             shown = tqdm(files, disable=None if session.is_first and not arguments.json else True, unit=" files")
-            for file, score in score_files(session.engine, session.tokenizer, shown):
+            for file, score in score_files(engine, tokenizer, shown):
                 scores[file], total = score, total + score
             if session.is_first:
-                _report(scores, total, arguments.json)
+                (_print_json if arguments.json else _print_text)(scores, total, positions)
     except ValueError as error:
         sys.stderr.write(f"evaluate.py: error: {error}\n")
         return 2
     return 0
 
 
-def _report(scores: dict, total, as_json: bool) -> None:
-    packed = {file: len(lzma.compress(file.read_bytes(), preset=9)) for file in scores}
-    together = len(lzma.compress(b"".join(file.read_bytes() for file in scores), preset=9))
-    if as_json:
-        for file, score in scores.items():
-            print(json.dumps({"file": str(file), **vars(score), "bits_per_byte": score.bits_per_byte}))
-    summary = {
-        "files": len(scores),
-        "bytes": total.bytes,
-        "bits_per_byte": total.bits_per_byte,
-        "perplexity": total.perplexity,
-        "xz_file_by_file": 8 * sum(packed.values()) / total.bytes,
-        "xz_concatenated": 8 * together / total.bytes,
-    }
-    if as_json:
-        print(json.dumps(summary))
-        return
-    print(f"{summary['files']} files, {summary['bytes']:,} bytes")
+def _print_json(scores: dict, total, positions: list) -> None:
+    from deepspeed_inference.evaluation import xz_bits_per_byte
+
+    for file, score in scores.items():
+        print(json.dumps({"file": str(file), **score.as_dict()}))
+    for position in positions:
+        print(json.dumps({"positions": asdict(position)}))
+    print(json.dumps({"files": len(scores), **total.as_dict(), "xz": xz_bits_per_byte(scores)}))
+
+
+def _print_text(scores: dict, total, positions: list) -> None:
+    from deepspeed_inference.evaluation import xz_bits_per_byte
+
+    xz = xz_bits_per_byte(scores)
+    print(f"{len(scores)} files, {total.bytes:,} bytes")
     print(f"  {total.bits_per_byte:.3f} bits a byte, perplexity {total.perplexity:.3f} a token")
-    print(f"  {summary['xz_file_by_file']:.3f} by xz -9 file by file, {summary['xz_concatenated']:.3f} concatenated")
+    print(f"  {xz['file_by_file']:.3f} by xz -9 file by file, {xz['concatenated']:.3f} concatenated")
+    for position in positions:
+        places = f"{position.first:,} to {position.last:,}"
+        print(f"  {position.bits_per_token:.3f} bits a token at positions {places}")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,56 @@
 """Train the demo model: a byte-level Mamba on the source of Python's standard library.
 
-python tools/train_demo.py --minutes 30            # again with the same --work-dir to go on where it stopped
+    python tools/train_demo.py                            # all cores, or the GPU if there is one
+    deepspeed --num_gpus 2 tools/train_demo.py            # the same, cut over two ranks
+
+Stopped in the middle, the same command goes on from the last 250th step, at any number of ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from deepspeed_inference.quiet import quiet
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of training, over all calls")
+    parser.add_argument("--steps", type=int, default=16000, help="of 8 windows of 512 bytes (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path("out/train_demo"), help="what a later call resumes from")
     parser.add_argument("--output", type=Path, default=Path("checkpoints/demo"), help="the Hugging Face checkpoint")
     parser.add_argument("--fresh", action="store_true", help="begin anew")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--threads", type=int, help="CPU threads a rank (default: the cores divided among the ranks)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
-    import torch
+    from deepspeed_inference.config import InferenceConfig
+    from deepspeed_inference.demo_training.corpus import byte_stream, corpus_files
+    from deepspeed_inference.demo_training.finish import finish
+    from deepspeed_inference.demo_training.recipe import Recipe
+    from deepspeed_inference.demo_training.trainer import Trainer
+    from deepspeed_inference.placement import Placement
 
-    from deepspeed_inference.demo_training import Recipe, train, write_checkpoint
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.fresh:
-        shutil.rmtree(arguments.work_dir, ignore_errors=True)
-    model, record = train(Recipe(), arguments.minutes, arguments.work_dir)
-    write_checkpoint(model, record, arguments.output)
-    print(f"held out: {record['held_out_bits_per_byte']:.3f} bits a byte; wrote {arguments.output}")
+    try:
+        if arguments.steps < 1:
+            raise ValueError(f"steps: expected a positive integer, found {arguments.steps}")
+        place = Placement.of(InferenceConfig(device=arguments.device, threads=arguments.threads))
+        if arguments.fresh and place.is_first:
+            shutil.rmtree(arguments.work_dir, ignore_errors=True)
+        place.reduction.barrier()
+        recipe = Recipe()
+        training, held_out = corpus_files(recipe.seed)
+        trainer = Trainer(recipe, place, byte_stream(training), byte_stream(held_out))
+        trainer.train(arguments.steps, arguments.work_dir)
+        finish(trainer, held_out, arguments.output)
+    except ValueError as error:
+        sys.stderr.write(f"train_demo.py: error: {error}\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

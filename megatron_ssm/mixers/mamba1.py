@@ -9,7 +9,7 @@ channels only. Gu & Dao 2023, section 3.4; names of the parameters are those on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -87,19 +87,14 @@ class Mamba1Mixer(nn.Module):
         return self.out_proj(y)
 
     def _scan(self, x, z, state: LayerState | None, cu_seqlens):  # x, z: [B, L, I/T]
-        conv_state = ssm_state = slots = None
-        if state is not None:
-            conv_state, ssm_state = state.conv, state.ssm
-            slots = _slots(state, x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
-        packing = {"cu_seqlens": cu_seqlens, "state_indices": slots}
-        conv = self.conv1d
-        x = ssm_kernels.causal_conv1d(
-            x, conv.weight.squeeze(1), conv.bias, self.config.activation, initial_state=conv_state, **packing
-        )
+        conv, pools = self.conv1d, (state.conv, state.ssm) if state else (None, None)
+        slots = _slots(state, x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1) if state else None
+        carried = {"slots": slots, "cu_seqlens": cu_seqlens}
+        inputs = (x, conv.weight.squeeze(1), conv.bias, self.config.activation)
+        x = _carry(ssm_kernels.causal_conv1d, *inputs, pool=pools[0], **carried)
         dt, B, C = self._dt_b_c(x)
-        return ssm_kernels.selective_scan(
-            x, dt, self._A(), B, C, self.D, z, self.dt_proj.bias, True, initial_state=ssm_state, **packing
-        )
+        inputs = (x, dt, self._A(), B, C, self.D, z, self.dt_proj.bias, True)
+        return _carry(ssm_kernels.selective_scan, *inputs, pool=pools[1], **carried)
 
     def _step(self, x, z, state: LayerState):  # x, z: [B, I/T]
         conv = self.conv1d
@@ -133,6 +128,21 @@ class Mamba1Mixer(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._transition = (key, -self.A_log.exp())
         return self._transition[1]
+
+
+def _carry(recurrence: Callable, x: torch.Tensor, *arguments, pool, slots, cu_seqlens) -> torch.Tensor:
+    """Run a recurrence from where the pool's slots are, and leave there where it ends.
+
+    In training the state is a constant: gradients end where the sequence does (truncated backpropagation in time).
+    """
+    if pool is None:
+        return recurrence(x, *arguments, cu_seqlens=cu_seqlens)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return recurrence(x, *arguments, initial_state=pool, state_indices=slots, cu_seqlens=cu_seqlens)
+    # The backward pass reads the initial state again, so the pool itself must not be it.
+    output, final = recurrence(x, *arguments, initial_state=pool[slots], cu_seqlens=cu_seqlens, return_final_state=True)
+    pool.index_copy_(0, slots, final.detach())
+    return output
 
 
 def _slots(state: LayerState, sequences: int) -> torch.Tensor:
