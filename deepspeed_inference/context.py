@@ -113,9 +113,18 @@ class SSMInferenceContext(Cache):
 
     @torch.inference_mode(False)
     def reset(self, rows: torch.Tensor | None = None) -> None:
-        """Forget the past: of every row, or of those that `rows` [B] (bool) says."""
+        """Forget the past of every row, or of some.
+
+        Args:
+            rows: [B] bool, which.
+
+        Raises:
+            ValueError: `rows` is something else.
+        """
         self.check_alive()
         rows = torch.ones(self.batch_size, dtype=torch.bool) if rows is None else rows.cpu()
+        if rows.dtype is not torch.bool or rows.shape != (self.batch_size,):
+            raise ValueError(f"reset: expected {self.batch_size} booleans, found {rows.tolist()}")
         there = rows.to(self._ssm.device)
         self._conv[:, there] = 0
         self._ssm[:, there] = 0

@@ -73,28 +73,33 @@ class Mamba1Mixer(nn.Module):
 
         Args:
             hidden: [B, L, D], or [1, total, D] with the sequences one behind the other where `cu_seqlens` is given.
-            state: read where the sequences begin and overwritten with where they end; None starts from zero.
+            state: read where the sequences begin and overwritten with where they end; None starts from zero. Gradients
+                do not flow through it.
             cu_seqlens: [sequences + 1] int32, where each packed sequence begins; None for one sequence a row.
 
         Returns:
             [B, L, D] in the dtype of `hidden`.
         """
         x, z = self.in_proj.split(self.in_proj(self.reduction.copy_to_ranks(hidden)))
-        if state is not None and cu_seqlens is None and hidden.shape[1] == 1:
+        if state is not None and cu_seqlens is None and hidden.shape[1] == 1 and not self._learns(x):
             y = self._step(x.squeeze(1), z.squeeze(1), state).unsqueeze(1)
         else:
             y = self._scan(x, z, state, cu_seqlens)
         return self.out_proj(y)
 
     def _scan(self, x, z, state: LayerState | None, cu_seqlens):  # x, z: [B, L, I/T]
-        conv, pools = self.conv1d, (state.conv, state.ssm) if state else (None, None)
-        slots = _slots(state, x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1) if state else None
-        carried = {"slots": slots, "cu_seqlens": cu_seqlens}
-        inputs = (x, conv.weight.squeeze(1), conv.bias, self.config.activation)
-        x = _carry(ssm_kernels.causal_conv1d, *inputs, pool=pools[0], **carried)
+        conv, (conv_pool, ssm_pool) = self.conv1d, (state.conv, state.ssm) if state else (None, None)
+        carried = {"cu_seqlens": cu_seqlens, "learns": self._learns(x)}
+        if state is not None:
+            carried["slots"] = _slots(state, x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+        weights = (conv.weight.squeeze(1), conv.bias, self.config.activation)
+        x = _carry(ssm_kernels.causal_conv1d, x, *weights, pool=conv_pool, **carried)
         dt, B, C = self._dt_b_c(x)
         inputs = (x, dt, self._A(), B, C, self.D, z, self.dt_proj.bias, True)
-        return _carry(ssm_kernels.selective_scan, *inputs, pool=pools[1], **carried)
+        return _carry(ssm_kernels.selective_scan, *inputs, pool=ssm_pool, **carried)
+
+    def _learns(self, x: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _step(self, x, z, state: LayerState):  # x, z: [B, I/T]
         conv = self.conv1d
@@ -130,17 +135,17 @@ class Mamba1Mixer(nn.Module):
         return self._transition[1]
 
 
-def _carry(recurrence: Callable, x: torch.Tensor, *arguments, pool, slots, cu_seqlens) -> torch.Tensor:
+def _carry(recurrence: Callable, *inputs, pool, slots=None, cu_seqlens, learns: bool) -> torch.Tensor:
     """Run a recurrence from where the pool's slots are, and leave there where it ends.
 
     In training the state is a constant: gradients end where the sequence does (truncated backpropagation in time).
     """
     if pool is None:
-        return recurrence(x, *arguments, cu_seqlens=cu_seqlens)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return recurrence(x, *arguments, initial_state=pool, state_indices=slots, cu_seqlens=cu_seqlens)
-    # The backward pass reads the initial state again, so the pool itself must not be it.
-    output, final = recurrence(x, *arguments, initial_state=pool[slots], cu_seqlens=cu_seqlens, return_final_state=True)
+        return recurrence(*inputs, cu_seqlens=cu_seqlens)
+    if not learns:
+        return recurrence(*inputs, initial_state=pool, state_indices=slots, cu_seqlens=cu_seqlens)
+    # The backward pass reads the initial state again, so it must not be the pool itself.
+    output, final = recurrence(*inputs, initial_state=pool[slots], cu_seqlens=cu_seqlens, return_final_state=True)
     pool.index_copy_(0, slots, final.detach())
     return output
 

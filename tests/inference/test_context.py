@@ -89,6 +89,20 @@ def test_reorder_fork_reset_and_free(engine):
         engine.decode(ids[[0, 0, 0, 0], 0], context)
 
 
+def test_a_row_that_is_reset_begins_anew_and_the_others_go_on(engine):
+    ids, context = random_ids(3, 12), engine.new_context(3)
+    engine.prefill(ids, context)
+    kept = context.fork()
+    context.reset(torch.tensor([False, True, False]))
+    assert context.positions.tolist() == [12, 0, 12]
+    logits, others = engine.prefill(ids, context), engine.prefill(ids, kept)
+    torch.testing.assert_close(logits[1:2], engine.prefill(ids[1:2], engine.new_context(1)), **CLOSE)
+    assert torch.equal(logits[::2], others[::2]) and not torch.equal(logits[1], others[1])
+    for wrong in (torch.tensor([True]), torch.tensor([0, 1, 2])):
+        with pytest.raises(ValueError, match="reset: expected 3 booleans, found"):
+            context.reset(wrong)
+
+
 def test_wrong_input_is_named(engine):
     context = engine.new_context(2)
     for ids, message in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import random_ids, tiny_checkpoint, tiny_model
 
-from deepspeed_inference.evaluation import Score
+from deepspeed_inference import init_inference
+from deepspeed_inference.evaluation import Score, score_positions
 
 ROOT = Path(__file__).parents[2]
 # Never part of the training data. The number is what the shipped file gave when it was made.
@@ -74,14 +77,34 @@ def test_the_shipped_demo_still_gives_its_recorded_score_and_wrong_files_are_nam
     file = tmp_path / "sample.txt"
     file.write_text(SAMPLE)
     command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(ROOT / "checkpoints" / "demo"), "--json"]
-    run = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([*command, "--positions", "200", str(file)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    one, total = (json.loads(line) for line in run.stdout.splitlines())
+    one, early, late, total = (json.loads(line) for line in run.stdout.splitlines())
+    assert early["positions"]["bits_per_token"] > late["positions"]["bits_per_token"] > 0
+    packed = 8 * len(lzma.compress(SAMPLE.encode(), preset=9)) / len(SAMPLE)
+    assert total["xz"] == {"file_by_file": packed, "concatenated": packed}
     assert one["bytes"] == one["tokens"] == len(SAMPLE)
     assert total["bits_per_byte"] == pytest.approx(RECORDED_BITS_PER_BYTE, abs=2e-3)
     file.write_bytes(b"\xff\xfe")
     run = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and f"{file}: 'utf-8' codec" in run.stderr
+
+
+def test_scores_by_position_are_those_of_rows_read_from_an_empty_state():
+    ids = random_ids(1, 2 * 300 + 51)[0]
+    with closing(init_inference(tiny_checkpoint(), dtype=torch.float32)) as engine:
+        scores = score_positions(engine, ids, 300, batch=1, chunk=64)
+        with pytest.raises(ValueError, match="length: expected a positive one, below the text's 651 tokens, found 651"):
+            score_positions(engine, ids, 651)
+    assert [(score.first, score.last) for score in scores] == [(0, 127), (128, 255), (256, 299)]
+    assert [score.tokens for score in scores] == [256, 256, 88]
+    rows = torch.stack([ids[:301], ids[300:601]])
+    with torch.no_grad():
+        logits = tiny_model()(rows[:, :-1]).logits
+    bits = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none") / math.log(2)
+    for score in scores:
+        expected = bits[:, score.first : score.last + 1].mean().item()
+        assert score.bits_per_token == pytest.approx(expected, rel=1e-4)
 
 
 def _one_score_short(context, directory: Path) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny import VARIANTS, random_ids, tiny_model
 
+from deepspeed_inference.context import SSMInferenceContext
 from megatron_ssm.families import family_of
 
 
@@ -53,3 +54,58 @@ def test_every_gradient_equals_that_of_transformers(ranks, variant, size):
         got = layout.merge(pieces)
         error = (got - parameter.grad).abs().max() / parameter.grad.abs().max()
         assert error < 1e-4, f"gradient of {name} is {float(error):.1e} off"
+
+
+def _injected(variant: str, dtype: torch.dtype):
+    from deepspeed_inference import policy
+    from megatron_ssm.checkpoint import ModuleSource
+    from megatron_ssm.collectives import make_reduction
+
+    model = tiny_model(variant).to(dtype)
+    family, source = family_of(model.config), ModuleSource(model)
+    place = {"reduction": make_reduction(None, "cpu"), "device": torch.device("cpu")}
+    policy.inject(model, family, source, dtype=dtype, **place)
+    shape = {"num_layers": model.config.num_hidden_layers, "batch_size": 2, "ranks": 1, "device": place["device"]}
+    return model.requires_grad_(True), SSMInferenceContext(
+        family, family.ssm_config(model.config), dtype=dtype, **shape
+    )
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_window_learns_from_the_state_that_the_last_one_left_as_from_a_constant(variant, length):
+    ids = random_ids(2, 20 + length + 1)
+    first, second, targets = ids[:, :20], ids[:, 20:-1], ids[:, 21:]
+
+    def loss_after(model, context):
+        hidden = model.backbone(second, cache_params=context.fork(), use_cache=True).last_hidden_state
+        logits = model.lm_head(hidden)  # transformers' own forward would round them to fp32
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    gradients = {}
+    for dtype in (torch.float64, torch.float32):
+        model, context = _injected(variant, dtype)
+        model(first, cache_params=context, use_cache=True)  # with gradients enabled, as in training
+        with torch.no_grad():
+            whole = model(ids[:, :-1], use_cache=False).logits[:, 20:]
+            window = model(second, cache_params=context.fork(), use_cache=True).logits
+        torch.testing.assert_close(window, whole, rtol=1e-4, atol=1e-5)
+        loss_after(model, context).backward()
+        gradients[dtype] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if dtype is torch.float64:
+            exact, state = model, context
+    for name, gradient in gradients[torch.float32].items():
+        expected = gradients[torch.float64][name]
+        assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max(), f"gradient of {name}"
+
+    # Along a random direction, the loss changes by as much as the gradient says: the state stays what it was.
+    torch.manual_seed(0)
+    directions = {name: torch.randn_like(parameter) for name, parameter in exact.named_parameters()}
+    losses = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            for name, parameter in exact.named_parameters():
+                parameter += step * directions[name]
+            losses.append(loss_after(exact, state))
+    slope = sum((gradients[torch.float64][name] * direction).sum() for name, direction in directions.items())
+    assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(slope.item(), rel=1e-5)
