@@ -6,9 +6,6 @@ machine whose speed drifts slows all of it alike. Ratios are medians over the ro
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 import statistics
 import tempfile
 import threading
@@ -19,6 +16,7 @@ from pathlib import Path
 import torch
 
 import ssm_kernels
+from deepspeed_inference.benchmarking import interleaved, on_ranks, ratio
 
 SHAPE_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
 PROMPT = 512
@@ -41,28 +39,28 @@ def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, sha
             "our_decode": lambda: [engine.decode(ids[:, :1], context) for _ in range(decode_steps)],
         }
         timed["products"] = _products_alone(engine)
-        seconds = _interleaved(timed, rounds)
+        seconds = interleaved(timed, rounds)
     return {
         "their_prefill_tokens_per_second": PROMPT / statistics.median(seconds["their_prefill"]),
         "our_prefill_tokens_per_second": PROMPT / statistics.median(seconds["our_prefill"]),
         "products_alone_tokens_per_second": PROMPT / statistics.median(seconds["products"]),
         "their_decode_ms": 1e3 * statistics.median(seconds["their_decode"]) / decode_steps,
         "our_decode_ms": 1e3 * statistics.median(seconds["our_decode"]) / decode_steps,
-        "prefill_speedup": _ratio(seconds["their_prefill"], seconds["our_prefill"]),
-        "decode_speedup": _ratio(seconds["their_decode"], seconds["our_decode"]),
-        "prefill_speedup_of_products_alone": _ratio(seconds["their_prefill"], seconds["products"]),
+        "prefill_speedup": ratio(seconds["their_prefill"], seconds["our_prefill"]),
+        "decode_speedup": ratio(seconds["their_decode"], seconds["our_decode"]),
+        "prefill_speedup_of_products_alone": ratio(seconds["their_prefill"], seconds["products"]),
     }
 
 
 def over_ranks(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict:
     """One rank of one thread, one rank of two, and two ranks of one: prefill and decode."""
-    seconds = _on_ranks(_time_layouts, 2, dtype, rounds, decode_steps, shape)[0]
+    seconds = on_ranks(_time_layouts, 2, dtype, rounds, decode_steps, shape)[0]
     result = {}
     for layout in ("1x1", "1x2", "2x1"):
         result[f"{layout}_prefill_tokens_per_second"] = PROMPT / statistics.median(seconds[f"{layout}_prefill"])
         result[f"{layout}_decode_ms"] = 1e3 * statistics.median(seconds[f"{layout}_decode"]) / decode_steps
-    result["prefill_speedup_of_2_ranks_over_1"] = _ratio(seconds["1x1_prefill"], seconds["2x1_prefill"])
-    result["decode_time_of_2_ranks_over_2_threads"] = _ratio(seconds["2x1_decode"], seconds["1x2_decode"])
+    result["prefill_speedup_of_2_ranks_over_1"] = ratio(seconds["1x1_prefill"], seconds["2x1_prefill"])
+    result["decode_time_of_2_ranks_over_2_threads"] = ratio(seconds["2x1_decode"], seconds["1x2_decode"])
     return result
 
 
@@ -74,7 +72,7 @@ def memory_of_loading(ranks: int, dtype: torch.dtype, shape: dict) -> dict:
         total = sum({id(p): p.nbytes for p in model.parameters()}.values())
         largest = max(parameter.nbytes for parameter in model.parameters())
         del model
-        grown = _on_ranks(_load_and_watch, ranks, folder, dtype)
+        grown = on_ranks(_load_and_watch, ranks, folder, dtype)
     allowed = 1.15 * total / ranks + largest
     return {
         "ranks": ranks,
@@ -159,21 +157,6 @@ def _anonymous_bytes() -> int:
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
-def _interleaved(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(rounds + 1):
-        for name, action in actions.items():
-            began = time.perf_counter()
-            action()
-            if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def _ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
 def _random_model(shape: dict):
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -183,37 +166,3 @@ def _random_model(shape: dict):
 
 def _prompt(shape: dict) -> torch.Tensor:
     return torch.randint(1, shape["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(1))
-
-
-def _on_ranks(function: Callable, ranks: int, *arguments) -> list:
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(ranks):
-        ours, theirs = context.Pipe()
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        process = context.Process(target=_rank_main, args=(launch, theirs, function, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        return [pipe.recv() for pipe in pipes]
-    except EOFError as error:
-        raise RuntimeError("a rank of the benchmark died; its error is above") from error
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-
-
-def _rank_main(launch: dict, pipe, function: Callable, arguments: tuple) -> None:
-    from deepspeed_inference.quiet import quiet
-
-    os.environ.update({name: str(value) for name, value in launch.items()}, MASTER_ADDR="127.0.0.1")
-    quiet()
-    import deepspeed_inference.engine  # noqa: F401 (the imports come before what is measured)
-
-    pipe.send(function(*arguments))

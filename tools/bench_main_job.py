@@ -4,30 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 
 from deepspeed_inference.quiet import quiet
-
-
-def hardware() -> dict:
-    import deepspeed
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "avx512_bf16": "avx512_bf16" in flags,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__,
-    }
 
 
 def table(results: dict) -> str:
@@ -86,10 +65,11 @@ def main() -> None:
     import torch
 
     from deepspeed_inference import bench_main_job as bench
+    from deepspeed_inference.hardware import describe_hardware
 
     shape = {**bench.SHAPE_130M, "num_hidden_layers": arguments.layers}
     each = (arguments.rounds, arguments.decode_steps, shape)
-    results = {"hardware": hardware(), "shape": shape, "rounds": arguments.rounds}
+    results = {"hardware": describe_hardware(), "shape": shape, "rounds": arguments.rounds}
     for name, measure in {
         "ranks": lambda: bench.over_ranks(torch.bfloat16, *each),
         "memory": lambda: bench.memory_of_loading(4, torch.float32, shape),

@@ -1,0 +1,47 @@
+"""The numbers of README.md on training. Writes benchmarks/training.json and prints the tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from deepspeed_inference.quiet import quiet
+
+
+def table(results: dict) -> str:
+    lines = ["| rows × bytes | transformers | ours | ratio | wanted |", "|---|---|---|---|---|"]
+    for size, result in results["transformers"].items():
+        theirs, ours = result["their_bytes_per_second"], result["our_bytes_per_second"]
+        rows = f"{size.replace('x', ' × ')} | {theirs:,.0f} bytes/s | {ours:,.0f} bytes/s"
+        lines.append(f"| {rows} | **{result['speedup']:,.0f}×** | ≥ 8× |")
+    ranks = results["ranks"]
+    speeds = [f"{ranks[f'{layout}_bytes_per_second']:,.0f} bytes/s" for layout in ("1x1", "1x2", "2x1")]
+    faster = f"{ranks['speedup_of_2_threads_over_1']:.2f}×, {ranks['speedup_of_2_ranks_over_1']:.2f}×"
+    lines += ["", "| ranks × threads | 1 × 1 | 1 × 2 | 2 × 1 | ratios |", "|---|---|---|---|---|"]
+    lines.append("| " + " | ".join(["8 × 512", *speeds, faster]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="against transformers, which takes its time")
+    parser.add_argument("--rank-rounds", type=int, default=11, help="over ranks and threads")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/training.json"))
+    arguments = parser.parse_args()
+    quiet()
+    from deepspeed_inference import bench_training as bench
+    from deepspeed_inference.hardware import describe_hardware
+
+    results = {"hardware": describe_hardware(), "rounds": arguments.rounds}
+    print("measuring over ranks …", flush=True)
+    results["ranks"] = bench.over_ranks(arguments.rank_rounds)
+    print("measuring against transformers …", flush=True)
+    results["transformers"] = bench.against_transformers(arguments.rounds)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{json.dumps(results['hardware'])}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
