@@ -30,9 +30,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tools/bench_main_job.py $(ARGS)
+	$(BIN)/python tools/bench_training.py
 
 demo: $(READY)
 	$(BIN)/python tools/train_demo.py $(ARGS)
+	$(BIN)/python tools/plot_demo.py
 
 wheel: $(READY)
 	rm -rf build

@@ -55,7 +55,7 @@ setup(
         "psutil",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "setuptools>=70"],
+        "test": ["pytest", "hypothesis", "matplotlib", "ruff", "setuptools>=70"],
         "tools": ["matplotlib"],
     },
     entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.cli:main"]},

@@ -122,7 +122,7 @@ class SSMInferenceContext(Cache):
             ValueError: `rows` is something else.
         """
         self.check_alive()
-        rows = torch.ones(self.batch_size, dtype=torch.bool) if rows is None else rows.cpu()
+        rows = torch.ones(self.batch_size, dtype=torch.bool) if rows is None else torch.as_tensor(rows).cpu()
         if rows.dtype is not torch.bool or rows.shape != (self.batch_size,):
             raise ValueError(f"reset: expected {self.batch_size} booleans, found {rows.tolist()}")
         there = rows.to(self._ssm.device)

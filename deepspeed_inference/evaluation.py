@@ -110,7 +110,7 @@ class PositionScore:
 
 
 def score_positions(
-    engine: SSMInferenceEngine, ids: torch.Tensor, length: int, *, batch: int = 16, chunk: int = 512
+    engine: SSMInferenceEngine, ids: torch.Tensor, length: int, *, batch: int = 4, chunk: int = 512
 ) -> list[PositionScore]:
     """How a model's predictions change with the length of what it has read.
 
@@ -145,9 +145,15 @@ def score_positions(
 
 
 def xz_bits_per_byte(files: Iterable[Path]) -> dict[str, float]:
-    """What `xz -9` needs: each file by itself, and all of them behind one another."""
+    """What `xz -9` needs: each file by itself, and all of them behind one another.
+
+    Raises:
+        ValueError: the files are empty.
+    """
     contents = [Path(file).read_bytes() for file in files]
     total = sum(len(content) for content in contents)
+    if not total:
+        raise ValueError("expected files with at least one byte, found none")
     alone = sum(len(lzma.compress(content, preset=9)) for content in contents)
     together = len(lzma.compress(b"".join(contents), preset=9))
     return {"file_by_file": 8 * alone / total, "concatenated": 8 * together / total}

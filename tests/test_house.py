@@ -106,6 +106,13 @@ def test_the_readmes_python_runs(tmp_path):
         subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, capture_output=True, timeout=120)
 
 
+def test_every_package_is_in_the_wheel():
+    listed = set(re.findall(r'^        "([\w.]+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    for package, folder in FOLDERS.items():
+        for file in folder.rglob("__init__.py"):
+            assert ".".join([package, *file.parent.relative_to(folder).parts]) in listed
+
+
 def test_licence_and_changelog_are_there():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert "0.1.0" in (ROOT / "CHANGELOG.md").read_text()

@@ -4,8 +4,8 @@
     deepspeed --num_gpus 2 tools/evaluate.py checkpoints/demo --held-out --dtype bfloat16
     python tools/evaluate.py checkpoints/demo --held-out --positions 16384
 
-`--held-out` takes the files that the demo model was not trained on. `--positions N` also reads all files behind one
-another in rows of N tokens, and says how the score changes with the position in the row.
+`--held-out` takes the files that the demo model, by its record, was not trained on. `--positions N` also reads all
+files behind one another in rows of N tokens, and says how the score changes with the position in the row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or hub id")
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--held-out", action="store_true", help="the demo model's held-out files")
+    parser.add_argument("--held-out", action="store_true", help="what a demo model was not trained on")
     parser.add_argument("--positions", type=int, metavar="N", help="also the score by position, in rows of N tokens")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--reduction", default="auto", help="auto, shared_memory or torch: how the ranks add up")
@@ -34,12 +34,13 @@ def main() -> int:
     from tqdm import tqdm
 
     from deepspeed_inference.config import InferenceConfig
-    from deepspeed_inference.demo_training.corpus import corpus_files
+    from deepspeed_inference.demo_training.corpus import held_out_files
     from deepspeed_inference.evaluation import Score, score_files, score_positions, text_ids
     from deepspeed_inference.session import Session
 
     try:
-        files = [*arguments.files, *(corpus_files(seed=0)[1] if arguments.held_out else [])]
+        held_out = held_out_files(Path(arguments.model)) if arguments.held_out else []
+        files = list(dict.fromkeys([*arguments.files, *held_out]))
         if not files:
             raise ValueError("expected files, or --held-out, found neither")
         options = {"model": arguments.model, "dtype": arguments.dtype, "reduction": arguments.reduction}
@@ -51,6 +52,8 @@ def main() -> int:
             shown = tqdm(files, disable=None if session.is_first and not arguments.json else True, unit=" files")
             for file, score in score_files(engine, tokenizer, shown):
                 scores[file], total = score, total + score
+            if not scores:
+                raise ValueError("expected files with some text, found only empty ones")
             if session.is_first:
                 (_print_json if arguments.json else _print_text)(scores, total, positions)
     except ValueError as error:

@@ -15,15 +15,19 @@ def main() -> int:
     parser.add_argument("directory", nargs="?", type=Path, default=Path("checkpoints/demo"))
     directory = parser.parse_args().directory
     quiet()
-    from deepspeed_inference.demo_training.plots import draw_positions, draw_training
-
-    file = directory / "training.json"
-    if not file.is_file():
-        sys.stderr.write(f"plot_demo.py: error: expected {file}, as tools/train_demo.py writes it, found none\n")
+    try:
+        from deepspeed_inference.demo_training.plots import draw_positions, draw_training
+    except ImportError as error:
+        sys.stderr.write(f"plot_demo.py: error: {error}; pip install 'megatron-ssm[tools]'\n")
         return 2
-    record = json.loads(file.read_text())
-    draw_training(record, directory / "training.svg")
-    draw_positions(record, directory / "positions.svg")
+    file = directory / "training.json"
+    try:
+        record = json.loads(file.read_text())
+        draw_training(record, directory / "training.svg")
+        draw_positions(record, directory / "positions.svg")
+    except (OSError, ValueError, KeyError) as error:
+        sys.stderr.write(f"plot_demo.py: error: expected {file} as tools/train_demo.py writes it, found {error!r}\n")
+        return 2
     return 0
 
 

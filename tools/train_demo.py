@@ -3,14 +3,15 @@
     python tools/train_demo.py                            # all cores, or the GPU if there is one
     deepspeed --num_gpus 2 tools/train_demo.py            # the same, cut over two ranks
 
-Stopped in the middle, the same command goes on from the last 250th step, at any number of ranks.
+Stopped in the middle, the same command goes on from the last 250th step, at any number of ranks. When it has ended, it
+only writes the checkpoint again; `--fresh` begins anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from deepspeed_inference.quiet import quiet
@@ -18,7 +19,7 @@ from deepspeed_inference.quiet import quiet
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16000, help="of 8 windows of 512 bytes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12000, help="of 8 windows of 512 bytes (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path("out/train_demo"), help="what a later call resumes from")
     parser.add_argument("--output", type=Path, default=Path("checkpoints/demo"), help="the Hugging Face checkpoint")
     parser.add_argument("--fresh", action="store_true", help="begin anew")
@@ -35,21 +36,31 @@ def main() -> int:
     from deepspeed_inference.placement import Placement
 
     try:
-        if arguments.steps < 1:
-            raise ValueError(f"steps: expected a positive integer, found {arguments.steps}")
         place = Placement.of(InferenceConfig(device=arguments.device, threads=arguments.threads))
-        if arguments.fresh and place.is_first:
-            shutil.rmtree(arguments.work_dir, ignore_errors=True)
-        place.reduction.barrier()
         recipe = Recipe()
         training, held_out = corpus_files(recipe.seed)
-        trainer = Trainer(recipe, place, byte_stream(training), byte_stream(held_out))
-        trainer.train(arguments.steps, arguments.work_dir)
+        trainer = Trainer(recipe, arguments.steps, place, byte_stream(training), byte_stream(held_out))
+        place.reduction.together(lambda: _prepare(arguments) if place.is_first else None)
+        trainer.train(arguments.work_dir)
         finish(trainer, held_out, arguments.output)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.stderr.write(f"train_demo.py: error: {error}\n")
         return 2
     return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    """What would fail after the training fails now."""
+    from deepspeed_inference.demo_training.trainer import STATE
+
+    try:
+        for folder in (arguments.work_dir, arguments.output):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        if arguments.fresh:
+            (arguments.work_dir / STATE).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected folders that can be written to, found {error}") from error
 
 
 if __name__ == "__main__":

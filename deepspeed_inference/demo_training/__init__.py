@@ -5,6 +5,8 @@ recipe.py      what decides the result: the model and how fast it learns
 shards.py      whole tensors from the ranks' pieces, and back, by the layout table
 optimizer.py   AdamW over one rank's pieces
 trainer.py     the loop: state carried from window to window, saved and resumed
-export.py      the Hugging Face checkpoint and its card
-plots.py       the curves
+export.py      the Hugging Face checkpoint
+finish.py      the end: the model is written, scored and described
+card.py        the model card, from the record
+plots.py       the curves, from the record
 """

@@ -47,7 +47,7 @@ def _facts(record: dict) -> dict[str, str]:
     recipe, score, hardware = record["recipe"], record["evaluation"], record["hardware"]
     rows, length, seed, steps = recipe["rows"], recipe["length"], recipe["seed"], record["step"]
     processor = hardware["gpu"] if record["device"] == "cuda" else hardware["cpu"]
-    rate, decay = recipe["learning_rate"], recipe["decay"]
+    rate, cooldown = recipe["learning_rate"], recipe["cooldown"]
     return {
         "architecture": f"Mamba, width {recipe['hidden_size']}, {recipe['num_layers']} layers",
         "parameters": f"{record['parameters']:,}, bfloat16; `A_log`, `D` and the bias of dt float32",
@@ -59,7 +59,7 @@ def _facts(record: dict) -> dict[str, str]:
         "command": f"`python tools/train_demo.py --steps {steps}`",
         "seed": f"{seed}, of the split, the initial values and the windows",
         "training": f"{steps:,} steps of {rows} windows of {length} bytes: {steps * rows * length / 1e6:.1f} MB",
-        "optimizer": f"AdamW, learning rate {rate}, falling to 0 over the last {decay:.0%} of the steps",
+        "optimizer": f"AdamW, learning rate {rate}, falling to 0 over the last {cooldown:.0%} of the steps",
         "time": f"{record['seconds'] / 60:.0f} minutes",
         "hardware": f"{processor}; ranks × threads: {record['ranks']} × {record['threads_per_rank']}",
     }

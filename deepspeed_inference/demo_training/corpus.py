@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sysconfig
 from pathlib import Path
 
 import torch
 
+RECORD = "training.json"  # beside the checkpoint
 END = 256  # ids below are bytes; this one ends a file
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
 
 
 def corpus_files(seed: int) -> tuple[list[Path], list[Path]]:
     """The standard library's own files without its tests: (training, held out)."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = _library()
     files = sorted(file for file in root.rglob("*.py") if not _LEFT_OUT & set(file.relative_to(root).parts))
     random.Random(seed).shuffle(files)
     held_out = len(files) // 10
     return files[held_out:], files[:held_out]
+
+
+def held_out_files(model: Path) -> list[Path]:
+    """This Python's copies of the files that a demo model has not seen: another version's library is split otherwise.
+
+    Args:
+        model: the directory of its checkpoint.
+
+    Raises:
+        ValueError: there is no record of its training, or this library has none of the files.
+    """
+    try:
+        names = json.loads((model / RECORD).read_text())["held_out_files"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{model / RECORD}: expected the record of a demo's training, found {error!r}") from error
+    found = [file for file in (_library() / name for name in names) if file.is_file()]
+    if not found:
+        raise ValueError(f"{_library()}: expected some of the {len(names)} files of {model / RECORD}, found none")
+    return found
+
+
+def library_name(file: Path) -> str:
+    """A file of the standard library by its path in there; any other by its name."""
+    return file.relative_to(_library()).as_posix() if file.is_relative_to(_library()) else file.name
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def byte_stream(files: list[Path]) -> torch.Tensor:

@@ -41,8 +41,14 @@ class ShardedAdamW:
 
         Args:
             factor: of the recipe's learning rate.
+
+        Raises:
+            FloatingPointError: the gradient is infinite or no number, on every rank; nothing was learned from it.
         """
-        nn.utils.clip_grads_with_norm_(self._pieces.values(), self._recipe.largest_norm, self._norm())
+        norm = self._norm()
+        if not norm.isfinite():
+            raise FloatingPointError(f"expected a finite gradient, found one of norm {norm.item()}")
+        nn.utils.clip_grads_with_norm_(self._pieces.values(), self._recipe.largest_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = factor * self._recipe.learning_rate
         self._adamw.step()
@@ -50,10 +56,10 @@ class ShardedAdamW:
 
     def _norm(self) -> torch.Tensor:
         """Of the whole gradient: what is cut counts on every rank, what all hold alike counts once."""
-        squares = {True: [], False: []}
+        gradients = {True: [], False: []}
         for name, piece in self._pieces.items():
-            squares[self._shards.is_cut(name)].append(piece.grad)
-        cut, alike = (nn.utils.get_total_norm(squares[is_cut]).square() for is_cut in (True, False))
+            gradients[self._shards.is_cut(name)].append(piece.grad)
+        cut, alike = (nn.utils.get_total_norm(gradients[is_cut]).square() for is_cut in (True, False))
         return (self._shards.reduction.reduce(cut.reshape(1), _GRADIENT_NORM)[0] + alike).sqrt()
 
     def state_dict(self) -> dict:

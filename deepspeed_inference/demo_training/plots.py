@@ -37,7 +37,8 @@ def draw_training(record: dict, file: Path) -> None:
             axes.plot([step * megabytes for step in steps], bits, label=label, **style)
         for name, text in (("file_by_file", "xz -9, file by file"), ("concatenated", "xz -9, all files at once")):
             _level(axes, record["evaluation"]["xz_bits_per_byte"][name], text)
-        axes.set(xlabel="megabytes read", ylabel="bits a byte", ylim=(1.0, 3.0), xlim=(0, None))
+        lowest = min(bits for name in ("curve", "held_out") for _, bits in record[name])
+        axes.set(xlabel="megabytes read", ylabel="bits a byte", ylim=(lowest - 0.1, 3.0), xlim=(0, None))
         axes.legend(frameon=False, loc="upper right")
         _save(figure, file)
 
@@ -49,13 +50,14 @@ def draw_positions(record: dict, file: Path) -> None:
         figure, axes = plt.subplots()
         scores = evaluation["positions_long"]
         edges = [scores[0]["first"], *(score["last"] + 1 for score in scores)]
-        axes.stairs([score["bits_per_token"] for score in scores], edges, color="#c0392b", linewidth=1.8)
+        axes.stairs([score["bits_per_token"] for score in scores], edges, baseline=None, color="#c0392b", linewidth=1.8)
         _level(axes, windows_bits_per_byte(record), f"state emptied every {window} bytes")
         axes.axvline(window, color="#777777", linewidth=1, linestyle=":")
         axes.set_xscale("symlog", base=2, linthresh=128, linscale=0.8)
         ticks = [0, *(score["last"] + 1 for score in scores)]
         axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
         axes.set(xlabel="position: bytes read before", ylabel="bits a byte", xlim=(0, ticks[-1]))
+        axes.margins(y=0.15)
         axes.annotate(
             "window of training", (window, axes.get_ylim()[1]), (4, -12), textcoords="offset points", color="#777777"
         )

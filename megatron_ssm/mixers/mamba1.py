@@ -88,7 +88,7 @@ class Mamba1Mixer(nn.Module):
         return self.out_proj(y)
 
     def _scan(self, x, z, state: LayerState | None, cu_seqlens):  # x, z: [B, L, I/T]
-        conv, (conv_pool, ssm_pool) = self.conv1d, (state.conv, state.ssm) if state else (None, None)
+        conv, (conv_pool, ssm_pool) = self.conv1d, (None, None) if state is None else (state.conv, state.ssm)
         carried = {"cu_seqlens": cu_seqlens, "learns": self._learns(x)}
         if state is not None:
             carried["slots"] = _slots(state, x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
