@@ -21,7 +21,10 @@ def against_transformers(rounds: int) -> dict:
     results = {}
     for rows, length in (SHORT, LONG):
         ids = _ids(rows, length)
-        seconds = interleaved({"theirs": _their_step(ids), "ours": _our_step(rows, length, threads=None)}, rounds)
+        seconds = interleaved(
+            {"theirs": _their_step(ids), "ours": _our_step(_recipe(rows=rows, length=length), _noise(), threads=None)},
+            rounds,
+        )
         results[f"{rows}x{length}"] = {
             "their_bytes_per_second": rows * length / statistics.median(seconds["theirs"]),
             "our_bytes_per_second": rows * length / statistics.median(seconds["ours"]),
@@ -39,6 +42,29 @@ def over_ranks(rounds: int) -> dict:
         "speedup_of_2_threads_over_1": ratio(seconds["1x1"], seconds["1x2"]),
         "speedup_of_2_ranks_over_1": ratio(seconds["1x1"], seconds["2x1"]),
     }
+
+
+def losses_over_ranks(steps: int) -> dict:
+    """By how much the losses of two ranks differ from those of one, in nats, at most and in the mean over the steps."""
+    results = {"steps": steps}
+    for name, autocast in (("float32", False), ("bfloat16", True)):
+        one, two = (on_ranks(_losses, ranks, steps, autocast)[0] for ranks in (1, 2))
+        differences = [b - a for a, b in zip(one, two, strict=True)]
+        results[name] = {
+            "first": one[0],
+            "last": one[-1],
+            "largest_difference": max(map(abs, differences)),
+            "mean_difference": abs(statistics.mean(differences)),
+        }
+    return results
+
+
+def _losses(steps: int, autocast: bool) -> list[float]:
+    from deepspeed_inference.demo_training.corpus import byte_stream, corpus_files
+
+    files, _ = corpus_files(seed=0)
+    step = _our_step(_recipe(autocast=autocast), byte_stream(files), threads=1)
+    return [step() for _ in range(steps)]
 
 
 def _their_step(ids: torch.Tensor) -> Callable:
@@ -62,14 +88,13 @@ def _their_step(ids: torch.Tensor) -> Callable:
     return step
 
 
-def _our_step(rows: int, length: int, threads: int | None, **parallel) -> Callable:
+def _our_step(recipe, data: torch.Tensor, threads: int | None, **parallel) -> Callable:
     from deepspeed_inference.config import InferenceConfig
     from deepspeed_inference.demo_training.trainer import Trainer
     from deepspeed_inference.placement import Placement
 
     place = Placement.of(InferenceConfig(device="cpu", threads=threads, tensor_parallel=parallel))
-    data = _ids(1, 1_000_000)[0].to(torch.int16)
-    trainer = Trainer(_recipe(rows=rows, length=length), 1_000_000, place, data, data)
+    trainer = Trainer(recipe, 1_000_000, place, data, data)
     return trainer.step
 
 
@@ -79,10 +104,10 @@ def _time_layouts(rounds: int) -> dict[str, list[float]]:
     from megatron_ssm.collectives import make_reduction
 
     recipe = _recipe()
-    both = _our_step(recipe.rows, recipe.length, threads=1)
+    both = _our_step(recipe, _noise(), threads=1)
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()
-    alone = _our_step(recipe.rows, recipe.length, threads=1, tp_size=1, tp_group=groups[rank])
+    alone = _our_step(recipe, _noise(), threads=1, tp_size=1, tp_group=groups[rank])
     sleep = make_reduction(dist.group.WORLD, "cpu", kind="torch").barrier  # does not spin
 
     def one_rank(threads: int) -> None:
@@ -103,6 +128,10 @@ def _recipe(**changes):
     from deepspeed_inference.demo_training.recipe import Recipe
 
     return Recipe(**changes)
+
+
+def _noise() -> torch.Tensor:
+    return _ids(1, 1_000_000)[0].to(torch.int16)
 
 
 def _ids(rows: int, length: int) -> torch.Tensor:

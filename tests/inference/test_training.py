@@ -98,6 +98,19 @@ def test_a_window_learns_from_the_state_that_the_last_one_left_as_from_a_constan
         expected = gradients[torch.float64][name]
         assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max(), f"gradient of {name}"
 
+    # Rows of different lengths learn from their own pasts, each as if it were alone.
+    if length > 1:
+        mask = torch.ones(2, length, dtype=torch.int64)
+        mask[0, :4] = 0
+        packed = context.fork()
+        logits = model(second, cache_params=packed, use_cache=True, attention_mask=mask).logits
+        alone = context.fork()
+        alone.reorder(torch.tensor([0]))
+        expected = model(second[:1, 4:], cache_params=alone, use_cache=True).logits
+        torch.testing.assert_close(logits[:1, 4:], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed.layer(2).ssm[:1], alone.layer(2).ssm, rtol=1e-4, atol=1e-5)
+        assert logits.requires_grad and packed.positions.tolist() == [25, 29]
+
     # Along a random direction, the loss changes by as much as the gradient says: the state stays what it was.
     torch.manual_seed(0)
     directions = {name: torch.randn_like(parameter) for name, parameter in exact.named_parameters()}
