@@ -153,19 +153,23 @@ class Trainer:
         try:
             state = torch.load(file, weights_only=True, map_location=self.place.device)
             record, optimizer = state["record"], state["optimizer"]
+            found, step, steps = _identity(record), record["step"], record["steps"]
         except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file}: expected a saved training, found {error}; see --fresh") from error
-        found, expected = ({**entry["recipe"], "corpus": entry["corpus"]} for entry in (record, self.record))
+            raise ValueError(f"{file}: expected a saved training, found {error!r}; see --fresh") from error
+        expected = _identity(self.record)
         if found != expected:
             differing = {key: found.get(key) for key in {**expected, **found} if found.get(key) != expected.get(key)}
             raise ValueError(f"{file}: expected a training by this recipe, found one with {differing}; see --fresh")
-        step, steps = record["step"], record["steps"]
         if any(self.recipe.rate(past, steps) != self.recipe.rate(past, self.steps) for past in range(step)):
             raise ValueError(
                 f"{file}: expected {steps} steps in all, as its first {step} were made for, found {self.steps}"
             )
         self.record = {**record, "steps": self.steps}
         self.optimizer.load_state_dict(optimizer)
+
+
+def _identity(record: dict) -> dict:
+    return {**record["recipe"], "corpus": record["corpus"]}
 
 
 def _write(state: dict, file: Path) -> None:

@@ -111,6 +111,10 @@ def _resume_what_is_wrong(context, file: Path) -> str:
     damaged.write_bytes(file.read_bytes()[:2000] if context.rank == 1 else file.read_bytes())
     with pytest.raises(ValueError, match="expected a saved training, found"):
         trainer.resume(damaged)
+    if context.rank == 1:
+        torch.save({"record": {"recipe": {}}, "optimizer": {}}, damaged)  # as some other program's
+    with pytest.raises(ValueError, match=r"expected a saved training, found KeyError\('corpus'\); see --fresh"):
+        trainer.resume(damaged)
     with pytest.raises(ValueError, match="cannot be written"):
         trainer.save(file / "below a file" / "state.pt")
     with pytest.raises(
