@@ -42,7 +42,7 @@ class Queue:
             raise IndexError("the queue is empty")
         return self._items.pop(0)
 '''
-RECORDED_BITS_PER_BYTE = 0.9910
+RECORDED_BITS_PER_BYTE = 0.8691
 
 
 def _scores(context, directory: Path, ids: torch.Tensor, pieces: tuple[int, ...]):
