@@ -17,6 +17,8 @@ import torch
 
 from deepspeed_inference.engine import SSMInferenceEngine
 
+LN2 = math.log(2)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -101,47 +103,68 @@ class PositionScore:
         first, last: the positions, from 0; the token at position p is predicted from p + 1 tokens.
         tokens: that were predicted there.
         bits_per_token: that they took.
+        bits_in_windows: that the same tokens took where the state was emptied every so many; None if it was not asked.
     """
 
     first: int
     last: int
     tokens: int
     bits_per_token: float
+    bits_in_windows: float | None = None
 
 
 def score_positions(
-    engine: SSMInferenceEngine, ids: torch.Tensor, length: int, *, batch: int = 4, chunk: int = 512
+    engine: SSMInferenceEngine,
+    ids: torch.Tensor,
+    length: int,
+    *,
+    window: int | None = None,
+    batch: int = 2048,
 ) -> list[PositionScore]:
     """How a model's predictions change with the length of what it has read.
 
-    A long text is cut into rows at arbitrary places, each read from an empty state. So every range of positions sees
-    the same kind of text, and differs from the others in its past only.
+    A long text is cut into rows at arbitrary places, each read from an empty state. Some places of a text are harder
+    than others: `window` reads the same tokens once more with little of their past, and so tells the two apart.
 
     Args:
         engine: the model; every rank calls this.
         ids: [total] of the text.
         length: of a row; what is left of the text after the last whole row is not read.
-        batch: rows that run together.
-        chunk: tokens of a row that run at once.
+        window: the number of tokens after which the state is emptied, for comparison; it divides `length`.
+        batch: tokens that run at once.
 
     Returns:
         scores of positions 0..127, 128..255, 256..511 and so on, up to the length of a row.
 
     Raises:
-        ValueError: the text is shorter than one row.
+        ValueError: the text is shorter than one row, or the window does not divide it.
     """
     rows = (ids.numel() - 1) // length if length > 0 else 0
     if rows < 1:
         raise ValueError(f"length: expected a positive one, below the text's {ids.numel()} tokens, found {length}")
-    inputs, targets = (part.unflatten(0, (rows, length)) for part in (ids[: rows * length], ids[1 : rows * length + 1]))
-    bits = torch.zeros(length, dtype=torch.float64)
-    for part, wanted in zip(inputs.split(batch), targets.split(batch), strict=True):
-        bits -= _log_probabilities(engine, part, wanted, chunk).double().sum(0).cpu() / math.log(2)
+    if window is not None and (window < 1 or length % window):
+        raise ValueError(f"window: expected a divisor of the row's {length} tokens, found {window}")
+    ids = ids[: rows * length + 1]
+    bits = _bits_by_position(engine, ids, length, batch)
+    control = None if window is None else _bits_by_position(engine, ids, window, batch).reshape(rows, length)
     edges = [0, *(2**power for power in range(7, 64) if 2**power < length), length]
     return [
-        PositionScore(first, end - 1, rows * (end - first), float(bits[first:end].sum()) / rows / (end - first))
+        PositionScore(
+            first,
+            end - 1,
+            rows * (end - first),
+            float(bits[:, first:end].mean()),
+            None if control is None else float(control[:, first:end].mean()),
+        )
         for first, end in itertools.pairwise(edges)
     ]
+
+
+def _bits_by_position(engine: SSMInferenceEngine, ids: torch.Tensor, length: int, batch: int) -> torch.Tensor:
+    inputs, targets = ids[:-1].unflatten(0, (-1, length)), ids[1:].unflatten(0, (-1, length))  # [rows, length]
+    chunk = min(length, 512)
+    parts = zip(inputs.split(max(1, batch // chunk)), targets.split(max(1, batch // chunk)), strict=True)
+    return torch.cat([-_log_probabilities(engine, part, wanted, chunk).double().cpu() for part, wanted in parts]) / LN2
 
 
 def xz_bits_per_byte(files: Iterable[Path]) -> dict[str, float]:

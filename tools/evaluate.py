@@ -2,7 +2,7 @@
 
     python tools/evaluate.py checkpoints/demo README.md
     deepspeed --num_gpus 2 tools/evaluate.py checkpoints/demo --held-out --dtype bfloat16
-    python tools/evaluate.py checkpoints/demo --held-out --positions 16384
+    python tools/evaluate.py checkpoints/demo --held-out --positions 16384 --window 512
 
 `--held-out` takes the files that the demo model, by its record, was not trained on. `--positions N` also reads all
 files behind one another in rows of N tokens, and says how the score changes with the position in the row.
@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--held-out", action="store_true", help="what a demo model was not trained on")
     parser.add_argument("--positions", type=int, metavar="N", help="also the score by position, in rows of N tokens")
+    parser.add_argument("--window", type=int, metavar="N", help="beside it that of the state emptied every N tokens")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--reduction", default="auto", help="auto, shared_memory or torch: how the ranks add up")
     parser.add_argument("--json", action="store_true", help="one line a file, and one for all")
@@ -47,7 +48,9 @@ def main() -> int:
         with Session(InferenceConfig(**options)) as session:
             engine, tokenizer, positions = session.engine, session.tokenizer, []
             if arguments.positions is not None:
-                positions = score_positions(engine, text_ids(engine, tokenizer, files), arguments.positions)
+                positions = score_positions(
+                    engine, text_ids(engine, tokenizer, files), arguments.positions, window=arguments.window
+                )
             scores, total = {}, Score()
             shown = tqdm(files, disable=None if session.is_first and not arguments.json else True, unit=" files")
             for file, score in score_files(engine, tokenizer, shown):
@@ -81,7 +84,8 @@ def _print_text(scores: dict, total, positions: list) -> None:
     print(f"  {xz['file_by_file']:.3f} by xz -9 file by file, {xz['concatenated']:.3f} concatenated")
     for position in positions:
         places = f"{position.first:,} to {position.last:,}"
-        print(f"  {position.bits_per_token:.3f} bits a token at positions {places}")
+        control = "" if position.bits_in_windows is None else f" ({position.bits_in_windows:.3f} in windows)"
+        print(f"  {position.bits_per_token:.3f} bits a token at positions {places}{control}")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def _evaluate(engine: SSMInferenceEngine, files: list[Path], window: int) -> dic
     for _, score in score_files(engine, tokenizer, files):
         total += score
     ids = text_ids(engine, tokenizer, files)
-    lengths = {"long": min(LONGEST, ids.numel() - 1), "windows": min(window, ids.numel() - 1)}
-    rows = {name: score_positions(engine, ids, length) for name, length in lengths.items()}
+    length = min(LONGEST, ids.numel() - 1) // window * window
+    positions = score_positions(engine, ids, length, window=window)
     return {
         "files": len(files),
         **total.as_dict(),
-        **{f"positions_{name}": [asdict(score) for score in scores] for name, scores in rows.items()},
+        "positions": [asdict(score) for score in positions],
     }

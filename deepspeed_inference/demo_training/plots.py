@@ -9,8 +9,6 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from deepspeed_inference.demo_training.card import windows_bits_per_byte
-
 _STYLE = {
     "svg.hashsalt": "demo",  # the same record draws the same file
     "svg.fonttype": "none",
@@ -48,19 +46,26 @@ def draw_positions(record: dict, file: Path) -> None:
     evaluation, window = record["evaluation"], record["recipe"]["length"]
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots()
-        scores = evaluation["positions_long"]
+        scores = evaluation["positions"]
         edges = [scores[0]["first"], *(score["last"] + 1 for score in scores)]
-        axes.stairs([score["bits_per_token"] for score in scores], edges, baseline=None, color="#c0392b", linewidth=1.8)
-        _level(axes, windows_bits_per_byte(record), f"state emptied every {window} bytes")
+        for name, label, style in (
+            (
+                "bits_in_windows",
+                f"the same bytes, state emptied every {window}",
+                {"color": "#9db8d9", "linewidth": 1.8},
+            ),
+            ("bits_per_token", "all that was read before", {"color": "#c0392b", "linewidth": 1.8}),
+        ):
+            axes.stairs([score[name] for score in scores], edges, baseline=None, label=label, **style)
         axes.axvline(window, color="#777777", linewidth=1, linestyle=":")
         axes.set_xscale("symlog", base=2, linthresh=128, linscale=0.8)
         ticks = [0, *(score["last"] + 1 for score in scores)]
         axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
         axes.set(xlabel="position: bytes read before", ylabel="bits a byte", xlim=(0, ticks[-1]))
-        axes.margins(y=0.15)
-        axes.annotate(
-            "window of training", (window, axes.get_ylim()[1]), (4, -12), textcoords="offset points", color="#777777"
-        )
+        axes.margins(y=0.2)
+        axes.legend(frameon=False, loc="upper right")
+        place = (window, axes.get_ylim()[0])
+        axes.annotate("window of training", place, (4, 6), textcoords="offset points", color="#777777")
         _save(figure, file)
 
 

@@ -93,7 +93,9 @@ def test_the_shipped_demo_still_gives_its_recorded_score_and_wrong_files_are_nam
 def test_scores_by_position_are_those_of_rows_read_from_an_empty_state():
     ids = random_ids(1, 2 * 300 + 51)[0]
     with closing(init_inference(tiny_checkpoint(), dtype=torch.float32)) as engine:
-        scores = score_positions(engine, ids, 300, batch=1, chunk=64)
+        scores = score_positions(engine, ids, 300, window=50, batch=500)
+        with pytest.raises(ValueError, match="window: expected a divisor of the row's 300 tokens, found 7"):
+            score_positions(engine, ids, 300, window=7)
         with pytest.raises(ValueError, match="length: expected a positive one, below the text's 651 tokens, found 651"):
             score_positions(engine, ids, 651)
     assert [(score.first, score.last) for score in scores] == [(0, 127), (128, 255), (256, 299)]
@@ -102,7 +104,13 @@ def test_scores_by_position_are_those_of_rows_read_from_an_empty_state():
     with torch.no_grad():
         logits = tiny_model()(rows[:, :-1]).logits
     bits = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none") / math.log(2)
+    windows = ids[:600].view(12, 50)
+    with torch.no_grad():
+        logits = tiny_model()(windows).logits
+    control = F.cross_entropy(logits.transpose(1, 2), ids[1:601].view(12, 50), reduction="none").view(2, 300)
     for score in scores:
+        expected = control[:, score.first : score.last + 1].mean().item() / math.log(2)
+        assert score.bits_in_windows == pytest.approx(expected, rel=1e-4)
         expected = bits[:, score.first : score.last + 1].mean().item()
         assert score.bits_per_token == pytest.approx(expected, rel=1e-4)
 
