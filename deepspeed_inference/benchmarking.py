@@ -5,12 +5,36 @@ What is compared is measured round by round, so that a machine whose speed drift
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+from deepspeed_inference.hardware import describe_hardware
+
+
+def measure_all(measures: dict[str, Callable[[], dict]], settings: dict, file: Path) -> dict:
+    """Measure one after the other and write all of it, with the settings and the hardware, as JSON.
+
+    Args:
+        measures: by the name that each one's result gets.
+        settings: what the results were measured with.
+        file: to write; its folder is made if it is not there.
+
+    Returns:
+        what was written.
+    """
+    results = {"hardware": describe_hardware(), **settings}
+    for name, measure in measures.items():
+        print(f"measuring {name} …", flush=True)
+        results[name] = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def interleaved(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:

@@ -65,21 +65,17 @@ def main() -> None:
     import torch
 
     from deepspeed_inference import bench_main_job as bench
-    from deepspeed_inference.hardware import describe_hardware
+    from deepspeed_inference.benchmarking import measure_all
 
     shape = {**bench.SHAPE_130M, "num_hidden_layers": arguments.layers}
     each = (arguments.rounds, arguments.decode_steps, shape)
-    results = {"hardware": describe_hardware(), "shape": shape, "rounds": arguments.rounds}
-    for name, measure in {
+    measures = {
         "ranks": lambda: bench.over_ranks(torch.bfloat16, *each),
         "memory": lambda: bench.memory_of_loading(4, torch.float32, shape),
         "transformers_float32": lambda: bench.against_transformers(torch.float32, *each),
         "transformers_bfloat16": lambda: bench.against_transformers(torch.bfloat16, *each),
-    }.items():
-        print(f"measuring {name} …", flush=True)
-        results[name] = measure()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    }
+    results = measure_all(measures, {"shape": shape, "rounds": arguments.rounds}, arguments.output)
     print(f"\n{json.dumps(results['hardware'])}\n\n{table(results)}")
 
 

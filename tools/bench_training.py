@@ -39,21 +39,17 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     from deepspeed_inference import bench_training as bench
-    from deepspeed_inference.hardware import describe_hardware
+    from deepspeed_inference.benchmarking import measure_all
 
     rounds = {"ranks": arguments.rank_rounds, "transformers": arguments.rounds}
     if min(*rounds.values(), arguments.loss_steps) < 1:
         parser.error("expected positive numbers of rounds and steps")
-    results = {"hardware": describe_hardware(), "rounds": rounds}
-    for name, measure in {
+    measures = {
         "losses": lambda: bench.losses_over_ranks(arguments.loss_steps),
         "ranks": lambda: bench.over_ranks(arguments.rank_rounds),
         "transformers": lambda: bench.against_transformers(arguments.rounds),
-    }.items():
-        print(f"measuring {name} …", flush=True)
-        results[name] = measure()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    }
+    results = measure_all(measures, {"rounds": rounds}, arguments.output)
     print(f"\n{json.dumps(results['hardware'])}\n\n{table(results)}")
 
 

@@ -42,6 +42,8 @@ def main() -> int:
     try:
         held_out = held_out_files(Path(arguments.model)) if arguments.held_out else []
         files = list(dict.fromkeys([*arguments.files, *held_out]))
+        if arguments.window is not None and arguments.positions is None:
+            raise ValueError("expected --positions beside --window, found none")
         if not files:
             raise ValueError("expected files, or --held-out, found neither")
         options = {"model": arguments.model, "dtype": arguments.dtype, "reduction": arguments.reduction}

@@ -85,6 +85,8 @@ def test_the_shipped_demo_still_gives_its_recorded_score_and_wrong_files_are_nam
     assert total["xz"] == {"file_by_file": packed, "concatenated": packed}
     assert one["bytes"] == one["tokens"] == len(SAMPLE)
     assert total["bits_per_byte"] == pytest.approx(RECORDED_BITS_PER_BYTE, abs=2e-3)
+    run = subprocess.run([*command, "--window", "8", str(file)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "expected --positions beside --window" in run.stderr
     file.write_bytes(b"\xff\xfe")
     run = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and f"{file}: 'utf-8' codec" in run.stderr
