@@ -1,90 +1,141 @@
-"""HFAdapter: one of our blocks behind the signature of a Hugging Face block.
+"""HFBackbone: our stack behind the signature of a Hugging Face model without its head.
 
-transformers hands its blocks whole hidden states, a cache of its own making (or ours, or none) and a padding mask.
-Here they become what our block takes: state, and sequences without padding.
+transformers hands over ids or embeddings, a cache of its own making (or ours, or none) and a padding mask. Here they
+become what our stack takes: state, and sequences without padding. Its causal language models, with their losses and
+their `generate`, then run over our layers unchanged.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
+from deepspeed_inference import foreign_cache
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.packing import Packing
-from megatron_ssm.block import SSMBlock
-from megatron_ssm.state import LayerState
+from megatron_ssm.stack import Stack
 
 
-class HFAdapter(SSMBlock):
-    """An SSMBlock that Hugging Face's own forward and generate can call.
+@dataclass
+class BackboneOutput(ModelOutput):
+    """What the heads of all families ask of a backbone; what our layers do not give is None.
 
     Args:
-        layer_idx: which layer it is.
-        num_layers: of how many.
-        arguments: those of SSMBlock.
+        last_hidden_state: [B, L, D], after the final norm.
+        past_key_values, cache_params: the cache, by both names that transformers uses.
+        hidden_states: the residual stream before each layer, and `last_hidden_state`, where they were asked for.
     """
 
-    def __init__(self, *arguments, layer_idx: int, num_layers: int, **keywords):
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: None = None
+    router_logits: None = None
+
+
+class HFBackbone(Stack):
+    """A Stack that Hugging Face's own forward and generate can call.
+
+    Args:
+        replaced: the Hugging Face model that it stands in for; its plain attributes, which heads read, are kept.
+        arguments: those of Stack.
+    """
+
+    def __init__(self, replaced: torch.nn.Module, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.layer_idx = layer_idx
-        self.is_last = layer_idx == num_layers - 1
+        kept = {name: value for name, value in vars(replaced).items() if not name.startswith("_")}
+        for name in kept.keys() - {"training", *vars(self)}:
+            setattr(self, name, kept[name])
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The embedding."""
+        return self.embedding
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **_,
-    ) -> torch.Tensor:
-        """[B, L, D] -> [B, L, D], the residual stream; where `attention_mask` is 0 the stream passes unchanged.
+    ) -> BackboneOutput:
+        """Run the layers and the final norm; where the mask is 0 the residual stream passes unchanged.
 
         Args:
-            cache_params: our context, a transformers cache, or none.
-            attention_mask: [B, L], 0 where a token is padding.
+            input_ids: [B, L], or
+            inputs_embeds: [B, L, D] instead of them.
+            attention_mask: [B, L], 0 where a token is padding; it may cover what the cache has seen too.
+            past_key_values, cache_params: our context, a transformers cache, or none.
+            use_cache: make a context if there is none; the config's answer if left out.
+            output_hidden_states: keep the stream before each layer; the config's answer if left out.
+
+        Raises:
+            ValueError: the inputs contradict each other, or do not fit the cache.
         """
-        packing = None
-        if attention_mask is not None:
-            mask = attention_mask[:, -hidden_states.shape[1] :].bool()  # it may cover what the cache has seen too
-            packing = None if mask.all() else Packing.from_mask(mask)
-        if isinstance(cache_params, SSMInferenceContext):
-            if cache_params.batch_size != hidden_states.shape[0]:
-                rows = hidden_states.shape[0]
-                raise ValueError(f"expected {cache_params.batch_size} rows, as the context has, found {rows}")
-            output = self._run(hidden_states, cache_params.layer(self.layer_idx), packing)
-            if self.is_last:
-                cache_params.advance(packing.lengths.cpu() if packing else hidden_states.shape[1])
-            return output
-        if cache_params is None:
-            return self._run(hidden_states, None, packing)
-        layer = cache_params.layers[self.layer_idx]
-        state = self._from_foreign(layer, hidden_states)
-        output = self._run(hidden_states, state, packing)
-        self._to_foreign(layer, state)
-        return output
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        cache = cache_params if past_key_values is None else past_key_values
+        embeddings = self.times(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
+        if use_cache is None:
+            use_cache = not self.training and bool(self.config.use_cache)
+        if cache is None and use_cache:
+            cache = self.new_context(embeddings.shape[0])
+        packing = _packing(attention_mask, embeddings.shape[1])
+        streams = None
+        if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+            streams = []
+        with foreign_cache.as_context(cache, self, embeddings.shape[0], packing) as context:
+            hidden = self._through(embeddings, context, packing, streams)
+        hidden = self.final_norm(hidden)
+        if streams is not None:
+            streams.append(hidden)
+        cache = cache if use_cache else None
+        states = None if streams is None else tuple(streams)
+        return BackboneOutput(hidden, past_key_values=cache, cache_params=cache, hidden_states=states)
 
-    def _run(self, hidden: torch.Tensor, state: LayerState | None, packing: Packing | None) -> torch.Tensor:
-        if packing is None:
-            output, residual = self.step(hidden, None, state)
-            return residual + output
-        output, residual = self.step(packing.pack(hidden), None, state, packing.cu_seqlens)
-        return packing.unpack_into(residual + output, hidden.to(residual.dtype))
+    def new_context(self, batch_size: int, dtype: torch.dtype | None = None) -> SSMInferenceContext:
+        """The state of `batch_size` empty sequences; `dtype` of the activations where it is not the parameters'."""
+        weight = self.final_norm.weight
+        place = {"ranks": self.embedding.reduction.size, "device": weight.device}
+        return SSMInferenceContext(self.plan, batch_size=batch_size, dtype=dtype or weight.dtype, **place)
 
-    def _from_foreign(self, layer, hidden: torch.Tensor) -> LayerState:
-        # transformers keeps K columns of conv state; the oldest is not needed for anything to come.
-        mixer, batch = self.mixer, hidden.shape[0]
-        width = mixer.config.conv_width
-        inner = mixer.A_log.shape[0]
-        conv = mixer.conv1d.weight.new_zeros(batch, inner, width - 1)
-        ssm = mixer.A_log.new_zeros(mixer.A_log.shape).expand(batch, -1, -1).contiguous()
-        if layer.has_previous_state[0]:
-            conv.copy_(layer.conv_states[0][..., 1 - width :])
-            ssm.copy_(layer.recurrent_states[0])
-        return LayerState(conv=conv, ssm=ssm)
+    def _through(
+        self,
+        embeddings: torch.Tensor,
+        context: SSMInferenceContext | None,
+        packing: Packing | None,
+        streams: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """[B, L, D], the residual stream behind the last layer; its state goes on."""
+        tokens = embeddings.shape[1] if packing is None else packing.lengths.cpu()
+        if context is not None:
+            context.reserve(tokens)
 
-    def _to_foreign(self, layer, state: LayerState) -> None:
-        wide = torch.nn.functional.pad(state.conv, (1, 0))
-        if not layer.is_conv_states_initialized[0]:
-            layer.lazy_initialization(conv_states=wide, recurrent_states=state.ssm)
-        layer.conv_states[0].copy_(wide)
-        layer.recurrent_states[0].copy_(state.ssm)
-        layer.has_previous_state[0] = True
+        def unpacked(stream: torch.Tensor) -> torch.Tensor:
+            return stream if packing is None else packing.unpack_into(stream, embeddings.to(stream.dtype))
+
+        hidden, residual = self.run(
+            embeddings if packing is None else packing.pack(embeddings),
+            (lambda index: None) if context is None else context.layer,
+            None if packing is None else packing.cu_seqlens,
+            None if streams is None else lambda stream: streams.append(unpacked(stream)),
+        )
+        if context is not None:
+            context.advance(tokens)
+        return unpacked(residual + hidden)
+
+
+def _packing(attention_mask: torch.Tensor | None, length: int) -> Packing | None:
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        raise ValueError("attention_mask: expected [B, L], 0 where a token is padding")
+    mask = attention_mask[:, -length:].bool()
+    return None if mask.all() else Packing.from_mask(mask)

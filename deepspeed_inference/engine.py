@@ -110,16 +110,14 @@ class SSMInferenceEngine(InferenceEngine):
         del self.generate  # the base class puts its own over ours
         self.mp_group = reduction.group
         self.family = family
-        self.ssm = family.ssm_config(model.config)
+        self.plan = family.plan(model.config)
         self.reduction = reduction
         self.groups = groups
         self.dtype = dtype
         self.directory = directory
         self._kernels = kernels
         self.head = policy.head_module(model, family)
-        self._embedding = policy.embedding_module(model, family)
-        self._norm = policy.norm_module(model, family)
-        self._blocks = policy.blocks(model)
+        self.stack = policy.backbone_module(model, family)
 
     @property
     def device(self) -> torch.device:
@@ -128,15 +126,7 @@ class SSMInferenceEngine(InferenceEngine):
 
     def new_context(self, batch_size: int = 1) -> SSMInferenceContext:
         """The state of `batch_size` empty sequences."""
-        return SSMInferenceContext(
-            self.family,
-            self.ssm,
-            num_layers=len(self._blocks),
-            batch_size=batch_size,
-            ranks=self.reduction.size,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return self.stack.new_context(batch_size)
 
     def forward(self, input_ids: torch.Tensor | None = None, *arguments, **keywords):
         """Hugging Face's forward over the injected modules: `.logits` is [B, L, vocab], the same on every rank."""
@@ -175,6 +165,7 @@ class SSMInferenceEngine(InferenceEngine):
             lengths = _check_lengths(lengths, rows, width)
             if (lengths < width).any():
                 packing = Packing.from_lengths(lengths.to(self.device), width)
+        context.reserve(width if lengths is None else lengths)
         ids = input_ids.to(self.device)
         if packing is None:
             output, residual = self._run(ids, context, None)
@@ -202,6 +193,7 @@ class SSMInferenceEngine(InferenceEngine):
         if ids.shape[1] != 1:
             raise ValueError(f"decode: expected one token a row, [B] or [B, 1], found {list(token_ids.shape)}")
         self._check_batch(ids.shape[0], context)
+        context.reserve(1)
         output, residual = self._run(ids.to(self.device), context, None)
         context.advance(1)
         return self._logits(output[:, 0], residual[:, 0], gather_logits)
@@ -223,6 +215,7 @@ class SSMInferenceEngine(InferenceEngine):
         if targets.shape != input_ids.shape:
             raise ValueError(f"targets: expected shape {list(input_ids.shape)}, found {list(targets.shape)}")
         self._check_batch(input_ids.shape[0], context)
+        context.reserve(input_ids.shape[1])
         output, residual = self._run(input_ids.to(self.device), context, None)
         context.advance(input_ids.shape[1])
         logits = self._logits(output, residual, gather=False)
@@ -288,22 +281,20 @@ class SSMInferenceEngine(InferenceEngine):
         self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            hidden, residual = self._embedding.look_up(ids), None
             with self._backend():
-                for index, block in enumerate(self._blocks):
-                    hidden, residual = block.step(hidden, residual, context.layer(index), cu_seqlens)
-            return hidden, residual
+                return self.stack.run(self.stack.embed(ids), context.layer, cu_seqlens)
         except BaseException:
             context.free()  # some layers have gone on and others have not: nobody shall continue from that
             raise
 
     def _logits(self, output: torch.Tensor, residual: torch.Tensor, gather: bool) -> torch.Tensor:
         with self._backend():
-            normed, _ = self._norm.add(output, residual, residual.dtype)
+            normed = self.stack.norm(output, residual)
         logits = self.head.local_logits(normed)
         if gather:
             logits = self.head.gather(logits)
-        return logits.to(torch.promote_types(self.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(self.dtype, torch.float32))
+        return logits if self.plan.logits_multiplier == 1.0 else logits * self.plan.logits_multiplier
 
     def _backend(self):
         return nullcontext() if self._kernels == "auto" else ssm_kernels.use_backend(self._kernels)
@@ -313,7 +304,7 @@ class SSMInferenceEngine(InferenceEngine):
             raise ValueError(f"input_ids: expected integers of shape [B, L], found {ids.dtype} {list(ids.shape)}")
         if not ids.numel():
             raise ValueError(f"input_ids: expected at least one token a prompt, found shape {list(ids.shape)}")
-        self._embedding.check(ids)
+        self.stack.embedding.check(ids)
 
     def _check_batch(self, rows: int, context: SSMInferenceContext) -> None:
         context.check_alive()

@@ -6,10 +6,13 @@ by `megatron_ssm.collectives`. A rank group of None means that one rank holds ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import nn
 
 import ssm_kernels
 from megatron_ssm.collectives import EMBEDDING, Reduction
@@ -73,6 +76,41 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
     def forward(self, piece: torch.Tensor) -> torch.Tensor:
         """[..., I/T] -> this rank's partial sum [..., D]."""
         return ssm_kernels.linear(piece, self.weight)
+
+
+class ReplicatedLinear(nn.Module):
+    """y = x Wᵀ + b, whole on every rank."""
+
+    def __init__(self, shape: tuple[int, int], *, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype)) if bias else None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        return ssm_kernels.linear(hidden, self.weight, self.bias)
+
+
+class LowRank(nn.Sequential):
+    """An adapter: down to a few dimensions on every rank, then up to this rank's rows of what it is added to."""
+
+    def __init__(self, layouts: tuple[ParameterLayout, ParameterLayout], *, reduction: Reduction, dtype: torch.dtype):
+        down, up = layouts
+        super().__init__(
+            ReplicatedLinear(down.shape, bias=False, dtype=dtype),
+            ColumnParallelLinear(up, bias=False, reduction=reduction, dtype=dtype),
+        )
+
+    @classmethod
+    def numbered(cls, prefix: str, table: Mapping[str, ParameterLayout], **keywords) -> nn.ModuleDict:
+        """The adapters that a table names `prefix.NUMBER.0.weight` and `prefix.NUMBER.1.weight`, by number."""
+        numbers = [
+            name.split(".")[-3] for name in table if name.startswith(f"{prefix}.") and name.endswith(".0.weight")
+        ]
+        layouts = {
+            number: (table[f"{prefix}.{number}.0.weight"], table[f"{prefix}.{number}.1.weight"]) for number in numbers
+        }
+        return nn.ModuleDict({number: cls(pair, **keywords) for number, pair in layouts.items()})
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):

@@ -1,26 +1,49 @@
-"""LayerState: what one SSM layer remembers of a sequence, however long it was.
+"""LayerState: what one layer remembers of the sequences that it has seen.
 
-A context allocates it, hands it to the layer, and alone decides which sequence owns which slot; the layer's kernels
-read and write it in place.
+For a mixer that is one convolution state and one SSM state, however long the sequence was; for attention it is every
+token's key and value. A context allocates them, hands them to the layer, and alone decides which sequence owns which
+slot; the layer reads and writes them in place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass
 class LayerState:
-    """The recurrent state of one layer on this rank.
+    """The state of one layer on this rank. What the layer has no part for is None.
 
     Args:
-        conv: [slots, I/T, K-1], the last inputs of the convolution, in the activations' dtype.
-        ssm: [slots, I/T, N], the state of the recurrence, fp32 (fp64 when the model runs in fp64).
+        conv: [slots, channels/T, K-1], the last inputs of the convolution, in the activations' dtype.
+        ssm: [slots, I/T, N] (Mamba-1) or [slots, H/T, P, N] (Mamba-2), the state of the recurrence, fp32 (fp64 when
+            the model runs in fp64).
+        keys, values: [slots, key-value heads on this rank, capacity, P], in the activations' dtype; those of a slot's
+            first `positions` tokens count, and there must be room for what comes next.
+        positions: [slots] int64 on the CPU, how many tokens each slot has seen; the context moves them on.
         indices: [sequences] int64, the slot of each sequence; None where sequence i has slot i.
     """
 
-    conv: torch.Tensor
-    ssm: torch.Tensor
+    conv: torch.Tensor | None = None
+    ssm: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     indices: torch.Tensor | None = None
+
+    def slots(self, sequences: int) -> torch.Tensor:
+        """[sequences] int64, each sequence's slot."""
+        if self.indices is not None:
+            return self.indices
+        return torch.arange(sequences, device=(self.ssm if self.ssm is not None else self.keys).device)
+
+    def of(self, sequence: int) -> LayerState:
+        """The keys and values of one sequence, as a state of their own: views."""
+        slot = sequence if self.indices is None else int(self.indices[sequence])
+        one = slice(slot, slot + 1)
+        return replace(
+            self, conv=None, ssm=None, keys=self.keys[one], values=self.values[one], positions=self.positions[one],
+            indices=None,
+        )  # fmt: skip

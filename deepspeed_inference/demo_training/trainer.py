@@ -48,7 +48,9 @@ class Trainer:
         self._reader = WindowReader(
             training, rows=recipe.rows, length=recipe.length, jump=recipe.jump, leg=recipe.leg, seed=recipe.seed
         )
-        self._context = self._new_context(recipe.rows, torch.bfloat16 if recipe.autocast else torch.float32)
+        self._context = self.model.backbone.new_context(
+            recipe.rows, torch.bfloat16 if recipe.autocast else torch.float32
+        )
         self.record = {
             "recipe": asdict(recipe),
             "steps": steps,
@@ -113,23 +115,12 @@ class Trainer:
     @torch.no_grad()
     def held_out_bits(self) -> float:
         """Bits a byte on some of the held-out text, in fp32, each row from an empty state."""
-        context = self._new_context(_HELD_OUT_ROWS, torch.float32)
+        context = self.model.backbone.new_context(_HELD_OUT_ROWS, torch.float32)
         return float(self._loss(self._held_out, context)) / math.log(2)
 
     def _loss(self, ids: torch.Tensor, context: SSMInferenceContext) -> torch.Tensor:  # ids: [B, L + 1]
         logits = self.model(ids[:, :-1], cache_params=context, use_cache=True).logits
         return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-
-    def _new_context(self, rows: int, dtype: torch.dtype) -> SSMInferenceContext:
-        return SSMInferenceContext(
-            self.family,
-            self.family.ssm_config(self.model.config),
-            num_layers=self.recipe.num_layers,
-            batch_size=rows,
-            ranks=self.place.reduction.size,
-            dtype=dtype,
-            device=self.place.device,
-        )
 
     def save(self, file: Path) -> None:
         """Write what `resume` needs, at the end of a leg. Every rank calls it; the first writes.

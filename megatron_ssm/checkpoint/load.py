@@ -19,7 +19,7 @@ class TensorSource(Protocol):
     """Where parameters come from: a checkpoint directory or a model in memory."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def read(self, name: str, dim: int | None, part: slice | None) -> torch.Tensor: ...
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor: ...
     def verify(self, rank: int, ranks: int) -> None: ...
     def where(self, name: str) -> str: ...
     def close(self) -> None: ...
@@ -79,13 +79,8 @@ def _read_piece(
     name: str, layout: ParameterLayout, source: TensorSource, rank: int, ranks: int, dtype: torch.dtype
 ) -> torch.Tensor:
     piece = torch.zeros(layout.local_shape(ranks), dtype=dtype)
-    if layout.dim is None:
-        piece.copy_(source.read(name, None, None))
-    else:
-        for part, target in layout.ranges(rank, ranks):
-            piece.narrow(layout.dim, target.start, target.stop - target.start).copy_(
-                source.read(name, layout.dim, part)
-            )
+    for part, target in layout.copies(rank, ranks):
+        piece[target] = source.read(name, part).to(dtype)
     if piece.numel() and not all(bound.isfinite() for bound in torch.aminmax(piece)):
         raise ValueError(f"{source.where(name)}: tensor {name} holds NaN or infinite values (damaged?)")
     return piece

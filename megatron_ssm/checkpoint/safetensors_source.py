@@ -56,13 +56,14 @@ class SafetensorsSource:
         """Shape of every tensor, by name."""
         return {name: tuple(self._slice(name).get_shape()) for name in self._holder}
 
-    def read(self, name: str, dim: int | None, part: slice | None) -> torch.Tensor:
-        """The tensor, or its `part` along `dim`; only those bytes are read."""
-        index = (part,) if dim == 0 else (slice(None),) * (dim or 0) + ((part,) if dim is not None else ())
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of the tensor; only the bytes between its first and its last row are read."""
+        steps = tuple(slice(None, None, part.step) for part in index)
         try:
-            return self._slice(name)[index or slice(None)]
+            found = self._slice(name)[tuple(slice(part.start, part.stop) for part in index)]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.where(name)}: cannot read tensor {name}: {error}") from error
+        return found[steps]
 
     def verify(self, rank: int, ranks: int) -> None:
         """Check the CRC-32 of this rank's share of the tensors, in files that carry them.

@@ -4,6 +4,7 @@ from megatron_ssm.collectives.factory import make_reduction
 from megatron_ssm.collectives.groups import ParallelGroups, init_groups
 from megatron_ssm.collectives.reduction import (
     EMBEDDING,
+    NORM_SUMS,
     OUT_PROJ,
     X_PROJ,
     Handle,
@@ -15,6 +16,7 @@ from megatron_ssm.collectives.reduction import (
 
 __all__ = [
     "EMBEDDING",
+    "NORM_SUMS",
     "OUT_PROJ",
     "X_PROJ",
     "Handle",

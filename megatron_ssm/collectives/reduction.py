@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ssm.collectives import exact as exact_parts
+
 Result = TypeVar("Result")
 
 
@@ -43,6 +45,7 @@ class Site:
 
 OUT_PROJ = Site("out_proj", backward_reduces=False)
 X_PROJ = Site("x_proj", backward_reduces=True)
+NORM_SUMS = Site("norm_sums", backward_reduces=True)
 EMBEDDING = Site("embedding", backward_reduces=False)
 COLUMN_INPUT = Site("column_input", backward_reduces=True)
 ALL_GATHER = Site("all_gather", backward_reduces=False)
@@ -137,6 +140,7 @@ class Reduction(ABC):
         self.size = size
         self.reason = reason
         self.traffic = traffic if traffic is not None else Traffic()
+        self._parts: dict[int, Reduction] = {}
 
     def start(self, partial: Tensor, site: Site) -> Handle:
         """Begin to sum `partial` over the ranks; work done before handle.wait() overlaps with the exchange.
@@ -155,6 +159,26 @@ class Reduction(ABC):
     def reduce(self, partial: Tensor, site: Site) -> Tensor:
         """start() and wait() in one."""
         return self.start(partial, site).wait()
+
+    def reduce_with(self, partial: Tensor, exact: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        """Sum a tensor and a few numbers a token that must stay exact, in one collective.
+
+        Args:
+            partial: [..., W], any dtype.
+            exact: [..., E] fp32, or fp64 where `partial` is.
+            site: as in `start`.
+
+        Returns:
+            the sums of `partial`, in its dtype, and of `exact`, in fp32 or fp64.
+        """
+        width, dtype = partial.shape[-1], partial.dtype
+        learns = torch.is_grad_enabled() and (partial.requires_grad or exact.requires_grad)
+        if dtype is torch.bfloat16 and not learns:
+            places = exact_parts.to_bf16(exact, self.rank, self.size)
+            total = self.reduce(torch.cat([partial, places], dim=-1), site)
+            return total[..., :width], exact_parts.from_bf16(total[..., width:], self.size)
+        total = self.reduce(torch.cat([partial.to(exact.dtype), exact], dim=-1), site)
+        return total[..., :width].to(dtype), total[..., width:]
 
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """The tensors of all ranks joined along `dim` in rank order.
@@ -179,6 +203,26 @@ class Reduction(ABC):
         if torch.is_grad_enabled() and hidden.requires_grad:
             return _CopyToRanks.apply(hidden, self)
         return hidden
+
+    def within(self, parts: int) -> Reduction:
+        """The reduction among some of the ranks: cut into so many runs of neighbours, those of this rank's run.
+
+        Every rank calls this, with the same number; a second call returns the same reduction. It counts its traffic
+        with this one's and is closed with it.
+
+        Args:
+            parts: a divisor of the number of ranks.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if parts < 1 or self.size % parts:
+            raise ValueError(f"within: expected a divisor of {self.size} ranks, found {parts}")
+        if parts == 1:
+            return self
+        if parts not in self._parts:
+            self._parts[parts] = self._within(parts)
+        return self._parts[parts]
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that no rank goes on and waits for one that has failed.
@@ -218,14 +262,21 @@ class Reduction(ABC):
     def barrier(self) -> None:
         """Return once every rank has called this."""
 
-    def close(self) -> None:  # noqa: B027 - most implementations hold nothing
+    def close(self) -> None:
         """Give back what the reduction holds. It is not used after this."""
+        for part in self._parts.values():
+            part.close()
+        self._parts = {}
 
     def __enter__(self) -> Reduction:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @abstractmethod
+    def _within(self, parts: int) -> Reduction:
+        """within() of a number of parts that was not asked for before."""
 
     @abstractmethod
     def _start(self, partial: Tensor, site: Site) -> Handle:

@@ -9,9 +9,9 @@ import importlib
 import pkgutil
 from functools import cache
 
-from megatron_ssm.families.family import Collective, Family
+from megatron_ssm.families.family import Family
 
-__all__ = ["Collective", "Family", "families", "family_of"]
+__all__ = ["Family", "families", "family_of"]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Family: everything that differs between two models of one kind, as data.
+"""Family: everything that differs between two kinds of model, as data.
 
 The parameter table speaks of the names on disk; `parameters()` writes it out for a whole model.
 """
@@ -8,16 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from megatron_ssm.config import SSMConfig
+from megatron_ssm.families import tables
 from megatron_ssm.layout import ParameterLayout
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective that a layer needs when its model is cut: the site, and values a token."""
-
-    site: str
-    values: int
+from megatron_ssm.plan import Layer, ModelPlan, SharedBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,28 +20,29 @@ class Family:
     Args:
         model_type: `model_type` of its Hugging Face config.
         architecture: the causal language model class that the config names.
-        block_class: dotted path of the Hugging Face block that an engine replaces.
-        ssm_config: Hugging Face config -> SSMConfig.
-        layer_parameters: SSMConfig -> the table of one layer, by the name below `layer_prefix`.
-        layer_state: SSMConfig -> the table of one sequence's state in one layer, by LayerState's field.
-        collectives: SSMConfig -> what one layer communicates when it is cut over two or more ranks.
-        layer_prefix: where layer i lies on disk, with `{}` for i.
-        embedding, final_norm, head: names on disk of what is around the layers.
-        renames: older names on disk -> the name in this table.
+        plan: Hugging Face config -> what the model is made of; raises ValueError for what is not supported.
+        backbone: name of the model without its head, within the Hugging Face model and on disk.
+        embedding, final_norm, head: names on disk of what is around the layers; the first two below the backbone.
+        on_disk: what the backbone is called on disk, where that differs.
+        renames: other names on disk -> the name in the table.
+        ignored: beginnings of names on disk that the model does not have, as transformers does not.
     """
 
     model_type: str
     architecture: str
-    block_class: str
-    ssm_config: Callable[[object], SSMConfig]
-    layer_parameters: Callable[[SSMConfig], Mapping[str, ParameterLayout]]
-    layer_state: Callable[[SSMConfig], Mapping[str, ParameterLayout]]
-    collectives: Callable[[SSMConfig], tuple[Collective, ...]]
-    layer_prefix: str = "backbone.layers.{}."
-    embedding: str = "backbone.embeddings.weight"
-    final_norm: str = "backbone.norm_f.weight"
-    head: str = "lm_head.weight"
+    plan: Callable[[object], ModelPlan]
+    backbone: str = "model"
+    embedding: str = "embed_tokens"
+    final_norm: str = "final_layernorm"
+    head: str = "lm_head"
+    on_disk: str | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What every name below the backbone begins with on disk."""
+        return f"{self.on_disk or self.backbone}."
 
     def parameters(self, config) -> dict[str, ParameterLayout]:
         """The table of a whole model. A head that is tied to the embedding is not in it: it has no data of its own.
@@ -56,12 +50,61 @@ class Family:
         Args:
             config: the Hugging Face config.
         """
-        ssm = self.ssm_config(config)
-        vocabulary = ParameterLayout(shape=(config.vocab_size, ssm.hidden_size), dim=0, pad=True)
-        table = {self.embedding: vocabulary, self.final_norm: ParameterLayout(shape=(ssm.hidden_size,))}
-        if not config.tie_word_embeddings:
-            table[self.head] = vocabulary
-        for index in range(config.num_hidden_layers):
-            prefix = self.layer_prefix.format(index)
-            table |= {prefix + name: layout for name, layout in self.layer_parameters(ssm).items()}
+        plan = self.plan(config)
+        vocabulary = ParameterLayout(shape=(plan.vocab_size, plan.hidden_size), dim=0, pad=True)
+        table = {
+            f"{self.prefix}{self.embedding}.weight": vocabulary,
+            f"{self.prefix}{self.final_norm}.weight": ParameterLayout(shape=(plan.hidden_size,)),
+        }
+        if not plan.tied:
+            table[f"{self.head}.weight"] = vocabulary
+        for index, layer in enumerate(plan.layers):
+            below = layer_parameters(layer, index, plan)
+            table |= {f"{self.prefix}layers.{index}.{name}": layout for name, layout in below.items()}
         return table
+
+    def in_memory(self, name: str) -> str:
+        """The name, within the Hugging Face model, of what is called so on disk."""
+        return f"{self.backbone}.{name.removeprefix(self.prefix)}" if name.startswith(self.prefix) else name
+
+    def check(self, config, ranks: int) -> None:
+        """Raise ValueError where so many ranks cannot share the model; before any weight is read."""
+        for name, layout in self.parameters(config).items():
+            layout.check(name, ranks)
+
+
+def layer_parameters(layer: Layer, index: int, plan: ModelPlan) -> dict[str, ParameterLayout]:
+    """The table of one layer, by the name below it; what it shares is with the layer that owns it."""
+    hidden = ParameterLayout(shape=(plan.hidden_size,))
+    table = {}
+    if layer.shared is not None:
+        linear = ParameterLayout(shape=(plan.hidden_size, plan.hidden_size))
+        table[f"{layer.shared.linear}.weight"] = linear
+        if layer.shared.owner == index:
+            below = shared_parameters(layer.shared)
+            table |= {f"{layer.shared.name}.{name}": layout for name, layout in below.items()}
+    for sublayer in layer.sublayers:
+        table[f"{sublayer.norm}.weight"] = hidden
+        for part in sublayer.parts:
+            table |= _below(part.name, tables.parameters(part.config))
+    return table
+
+
+def shared_parameters(shared: SharedBlock) -> dict[str, ParameterLayout]:
+    """The table of a shared block, by the name below it, with the adapters of all layers that share it."""
+    table = {
+        "input_layernorm.weight": ParameterLayout(shape=(shared.attention.input_size,)),
+        "pre_ff_layernorm.weight": ParameterLayout(shape=(shared.feed_forward.hidden_size,)),
+        **_below("self_attn", tables.parameters(shared.attention)),
+        **_below("feed_forward", tables.parameters(shared.feed_forward)),
+    }
+    for number in shared.adapters:
+        if shared.attention.adapter_rank is not None:
+            table |= _below("self_attn", tables.attention_adapter(shared.attention, number))
+        if shared.feed_forward.adapter_rank is not None:
+            table |= _below("feed_forward", tables.mlp_adapter(shared.feed_forward, number))
+    return table
+
+
+def _below(name: str, table: Mapping[str, ParameterLayout]) -> dict[str, ParameterLayout]:
+    return {f"{name}.{below}": layout for below, layout in table.items()}

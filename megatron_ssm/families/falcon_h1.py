@@ -1,0 +1,76 @@
+"""Falcon-H1 (TII 2025): a Mamba-2 mixer and attention side by side in every layer, then a feed-forward part. Their
+outputs are added before they are reduced. Multipliers stand at every seam."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_ssm.config import AttentionConfig, MLPConfig
+from megatron_ssm.families.bamba import head_size, mixer
+from megatron_ssm.families.family import Family
+from megatron_ssm.families.from_config import activation, rotary
+from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
+
+
+def plan(config) -> ModelPlan:
+    """The plan of a transformers FalconH1Config."""
+    size = head_size(config)
+    mamba = replace(
+        mixer(config),
+        output_bias=config.projectors_bias,
+        gated_norm=config.mamba_rms_norm,
+        norm_before_gate=config.mamba_norm_before_gate,
+        input_multipliers=tuple(config.ssm_multipliers),
+    )
+    attention = AttentionConfig(
+        input_size=config.hidden_size,
+        output_size=config.hidden_size,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_size=size,
+        scale=size**-0.5,
+        bias=config.attention_bias,
+        rotary=rotary(config, size),
+        key_multiplier=config.key_multiplier,
+    )
+    gate_multiplier, down_multiplier = config.mlp_multipliers
+    feed_forward = MLPConfig(
+        hidden_size=config.hidden_size,
+        inner_size=config.intermediate_size,
+        activation=activation(config.hidden_act),
+        bias=config.mlp_bias,
+        gate_multiplier=gate_multiplier,
+    )
+    side_by_side = (
+        Part(
+            name="mamba",
+            config=mamba,
+            input_multiplier=config.ssm_in_multiplier,
+            output_multiplier=config.ssm_out_multiplier,
+        ),
+        Part(
+            name="self_attn",
+            config=attention,
+            input_multiplier=config.attention_in_multiplier,
+            output_multiplier=config.attention_out_multiplier,
+        ),
+    )
+    second = Part(name="feed_forward", config=feed_forward, output_multiplier=down_multiplier)
+    layer = Layer(
+        sublayers=(
+            Sublayer(norm="input_layernorm", parts=side_by_side),
+            Sublayer(norm="pre_ff_layernorm", parts=(second,)),
+        )
+    )
+    return ModelPlan(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        layers=(layer,) * config.num_hidden_layers,
+        norm_eps=config.rms_norm_eps,
+        tied=config.tie_word_embeddings,
+        embedding_multiplier=config.embedding_multiplier,
+        logits_multiplier=config.lm_head_multiplier,
+    )
+
+
+FAMILY = Family(model_type="falcon_h1", architecture="FalconH1ForCausalLM", plan=plan)

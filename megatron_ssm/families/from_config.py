@@ -1,0 +1,75 @@
+"""What the families' config mappings share: refusing what is not supported, and reading what several of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_ssm.config import RotaryConfig
+
+_ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_DYNAMIC_ROPE = ("dynamic", "longrope")  # their frequencies change with the length of the text
+
+
+def refuse(config, field: str, expected: str, otherwise: str) -> None:
+    """Raise the ValueError for a field that is not supported as it is.
+
+    Args:
+        config: the Hugging Face config.
+        field: which.
+        expected: what would be supported.
+        otherwise: what would be wrong if the field were ignored.
+    """
+    found = getattr(config, field, None)
+    raise ValueError(f"{config.model_type} config: {field}: expected {expected}, found {found!r}; ignored, {otherwise}")
+
+
+def activation(name: str) -> str:
+    """An activation function by the name that this project uses."""
+    return _ACTIVATIONS.get(name, name)
+
+
+def check_layer_types(config, field: str, found: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for a kind of layer that the family does not have."""
+    known = tuple(known)
+    for index, kind in enumerate(found):
+        if kind not in known:
+            raise ValueError(
+                f"{config.model_type} config: {field}: expected {', '.join(known)} for each layer, "
+                f"found {kind!r} for layer {index}"
+            )
+
+
+def check_layer_count(config, field: str, found: int) -> None:
+    """Raise ValueError if a list of layers has not the length that the config says."""
+    if found != config.num_hidden_layers:
+        raise ValueError(
+            f"{config.model_type} config: {field}: expected num_hidden_layers, {config.num_hidden_layers}, entries, "
+            f"found {found}"
+        )
+
+
+def rotary(config, head_size: int, fraction: float = 1.0) -> RotaryConfig:
+    """The rotary embedding that a config describes.
+
+    Args:
+        config: with `rope_parameters`.
+        head_size: P.
+        fraction: of a head's dimensions that turn.
+
+    Raises:
+        ValueError: its kind is unknown, or changes with the length of the text.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    if kind == "default":
+        size = int(head_size * fraction)
+        frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+        return RotaryConfig(frequencies=tuple(frequencies.tolist()))
+    if kind in _DYNAMIC_ROPE or kind not in ROPE_INIT_FUNCTIONS:
+        static = ["default", *(name for name in ROPE_INIT_FUNCTIONS if name not in _DYNAMIC_ROPE)]
+        refuse(config, "rope_parameters", f"a rope_type of {', '.join(static)}", "positions would be misread")
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config)
+    return RotaryConfig(frequencies=tuple(frequencies.tolist()), scale=float(scale))
