@@ -226,6 +226,8 @@ class SSMInferenceContext(Cache):
 class _CacheLayer(LinearAttentionLayer):
     """One layer as transformers sees it: a window on the context's tensors."""
 
+    is_compileable = False  # its tensors grow and move
+
     def __init__(self, context: SSMInferenceContext, state: LayerState):
         super().__init__()
         self.batch_size = context.batch_size

@@ -289,7 +289,7 @@ class SSMInferenceEngine(InferenceEngine):
 
     def _logits(self, output: torch.Tensor, residual: torch.Tensor, gather: bool) -> torch.Tensor:
         with self._backend():
-            normed = self.stack.norm(output, residual)
+            normed = self.stack.normed(output, residual)
         logits = self.head.local_logits(normed)
         if gather:
             logits = self.head.gather(logits)

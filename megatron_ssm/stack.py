@@ -96,7 +96,7 @@ class Stack(PinnedDtype):
             hidden, residual = block.step(hidden, residual, states(index), cu_seqlens, embeddings)
         return hidden, residual
 
-    def norm(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def normed(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What the head reads, of a last output and the stream it is still to be added to."""
         return self.final_norm.add(hidden, residual, residual.dtype)[0]
 

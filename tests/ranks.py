@@ -1,4 +1,4 @@
-"""Real ranks for tests: one pool of CPU processes for the whole pytest session, and fresh processes where needed.
+"""Real ranks for tests: a pool of CPU processes for the whole pytest session, and fresh processes where needed.
 
     run_ranks(function, size, *args)     function(rank_context, *args) on `size` ranks of the pool; results by rank
     launch_ranks(script, size)           new processes with a launcher's environment; exit codes and output by rank
@@ -32,8 +32,8 @@ from typing import Any
 
 import pytest
 
-POOL_SIZE = 4
-SIZES = (1, 2, 4)
+SIZES = (1, 2, 4, 8)
+SMALL, LARGE = 4, 8  # a pool of four for most tests; one of eight starts only where a test asks for eight ranks
 START_TIMEOUT_SECONDS = 120.0
 # How long the others may still answer after one rank has raised: they may be waiting for it.
 GRACE_SECONDS = 5.0
@@ -70,7 +70,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
 
     Args:
         function: a function of a test module's top level; sent by name.
-        size: 1, 2 or 4.
+        size: 1, 2, 4 or 8.
         args: picklable; tensors travel by value.
         timeout: seconds until the pool is killed and the test fails.
 
@@ -81,24 +81,22 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
         Exception: what the lowest failing rank raised, with its traceback there as the cause.
     """
     assert size in SIZES, f"the pool has groups of {SIZES} ranks, not {size}"
-    global _pool
-    if _pool is None:
-        _pool = _Pool()
+    ranks = SMALL if size <= SMALL else LARGE
+    if ranks not in _pools:
+        _pools[ranks] = _Pool(ranks)
     try:
-        return _pool.run(function, size, args, timeout)
+        return _pools[ranks].run(function, size, args, timeout)
     except _PoolBroken as broken:
-        end_pool()
+        _pools.pop(ranks).kill()
         if broken.error is not None:
             raise broken.error from broken.__cause__
         pytest.fail(str(broken))
 
 
 def end_pool() -> None:
-    """Kill the pool's processes, if there are any."""
-    global _pool
-    if _pool is not None:
-        _pool.kill()
-        _pool = None
+    """Kill the pools' processes, if there are any."""
+    while _pools:
+        _pools.popitem()[1].kill()
 
 
 def launch_ranks(
@@ -173,14 +171,14 @@ class _PoolBroken(Exception):
 
 
 class _Pool:
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.mkdtemp(prefix="ranks-")
         self._connections: list[Connection] = []
         self._processes = []
-        for rank in range(POOL_SIZE):
+        for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self._folder, there, os.getpid()), daemon=True)
+            process = context.Process(target=_work, args=(rank, ranks, self._folder, there, os.getpid()), daemon=True)
             process.start()
             there.close()
             self._connections.append(here)
@@ -189,7 +187,7 @@ class _Pool:
 
     def run(self, function: Callable[..., Any], size: int, args: tuple, timeout: float) -> list[Any]:
         if not self._started:
-            self._answers(POOL_SIZE, START_TIMEOUT_SECONDS, "the start of the pool")
+            self._answers(len(self._processes), START_TIMEOUT_SECONDS, "the start of the pool")
             self._started = True
         # Two pickles: the second may need the path of the first to be loaded.
         request = _dump(sys.path) + _dump((function.__module__, function.__qualname__, size, args))
@@ -239,18 +237,18 @@ class _Pool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-_pool: _Pool | None = None
+_pools: dict[int, _Pool] = {}
 
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _work(rank: int, folder: str, connection: Connection, parent: int) -> None:
+def _work(rank: int, ranks: int, folder: str, connection: Connection, parent: int) -> None:
     _die_with_parent()
     if os.getppid() != parent:
         return
-    groups = _make_groups(rank, folder)
+    groups = _make_groups(rank, ranks, folder)
     connection.send_bytes(_dump((True, None)))
     while True:
         try:
@@ -260,15 +258,15 @@ def _work(rank: int, folder: str, connection: Connection, parent: int) -> None:
         connection.send_bytes(_answer(request, rank, groups))
 
 
-def _make_groups(rank: int, folder: str) -> dict[int, Any]:
+def _make_groups(rank: int, ranks: int, folder: str) -> dict[int, Any]:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", POOL_SIZE)
+    store = dist.FileStore(f"{folder}/store", ranks)
     timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=POOL_SIZE, timeout=timeout)
-    return {size: dist.new_group(list(range(size)), timeout=timeout) for size in SIZES}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+    return {size: dist.new_group(list(range(size)), timeout=timeout) for size in SIZES if size <= ranks}
 
 
 def _answer(request: bytes, rank: int, groups: Mapping[int, Any]) -> bytes:

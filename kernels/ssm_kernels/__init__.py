@@ -6,17 +6,23 @@ same signature in `ssm_kernels.reference`. `dispatch` chooses the backend.
 
 from ssm_kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from ssm_kernels.dispatch import backend_report, use_backend
+from ssm_kernels.gated_rms_norm import gated_product, gated_rms_norm
 from ssm_kernels.linear import linear
 from ssm_kernels.rms_norm import rms_norm
 from ssm_kernels.selective_scan import selective_scan, selective_state_update
+from ssm_kernels.ssd_scan import ssd_scan, ssd_state_update
 
 __all__ = [
     "backend_report",
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_product",
+    "gated_rms_norm",
     "linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
+    "ssd_state_update",
     "use_backend",
 ]

@@ -41,7 +41,7 @@ def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[
 
 
 def check_states(
-    name: str, state: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype, state_indices: Tensor | None
+    name: str, state: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, state_indices: Tensor | None
 ) -> None:
     """Check a state [sequences, ...], or with `state_indices` a pool [slots, ...]. Backends check bounds."""
     if state_indices is not None:
@@ -52,8 +52,9 @@ def check_states(
                 f"state_indices: expected int32 or int64 of shape {shape[:1]}, found {state_indices.dtype} of shape "
                 f"{tuple(state_indices.shape)}"
             )
-        if state.dim() != 3 or state.shape[1:] != shape[1:]:
-            raise ValueError(f"{name}: expected a pool [slots, {shape[1]}, {shape[2]}], found {tuple(state.shape)}")
+        if state.shape[1:] != shape[1:]:
+            slot = ", ".join(str(size) for size in shape[1:])
+            raise ValueError(f"{name}: expected a pool [slots, {slot}], found {tuple(state.shape)}")
     else:
         check_shape(name, state, shape)
     check_dtype(name, state, dtype)

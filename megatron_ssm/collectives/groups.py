@@ -134,23 +134,6 @@ def init_groups(
     return ParallelGroups(group, tensor_rank, tensor_size, replica, world_size // tensor_size, world)
 
 
-def neighbours(group: dist.ProcessGroup, parts: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> dist.ProcessGroup:
-    """This rank's part of a group that is cut into so many runs of neighbouring ranks. Every rank of it calls this.
-
-    Args:
-        group: whose size `parts` divides.
-        parts: how many.
-        timeout: seconds that torch.distributed waits in a collective.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    size = len(ranks) // parts
-    first = dist.get_rank(group) // size * size
-    # Ranks outside the group may be busy with something else: only the members meet.
-    return dist.new_group(
-        ranks[first : first + size], timeout=timedelta(seconds=timeout), use_local_synchronization=True
-    )
-
-
 def _is_launched(environment: Mapping[str, str]) -> bool:
     return all(name in environment for name in _LAUNCHED)
 

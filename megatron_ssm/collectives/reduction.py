@@ -140,7 +140,6 @@ class Reduction(ABC):
         self.size = size
         self.reason = reason
         self.traffic = traffic if traffic is not None else Traffic()
-        self._parts: dict[int, Reduction] = {}
 
     def start(self, partial: Tensor, site: Site) -> Handle:
         """Begin to sum `partial` over the ranks; work done before handle.wait() overlaps with the exchange.
@@ -204,26 +203,6 @@ class Reduction(ABC):
             return _CopyToRanks.apply(hidden, self)
         return hidden
 
-    def within(self, parts: int) -> Reduction:
-        """The reduction among some of the ranks: cut into so many runs of neighbours, those of this rank's run.
-
-        Every rank calls this, with the same number; a second call returns the same reduction. It counts its traffic
-        with this one's and is closed with it.
-
-        Args:
-            parts: a divisor of the number of ranks.
-
-        Raises:
-            ValueError: it is not.
-        """
-        if parts < 1 or self.size % parts:
-            raise ValueError(f"within: expected a divisor of {self.size} ranks, found {parts}")
-        if parts == 1:
-            return self
-        if parts not in self._parts:
-            self._parts[parts] = self._within(parts)
-        return self._parts[parts]
-
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error, so that no rank goes on and waits for one that has failed.
 
@@ -262,21 +241,14 @@ class Reduction(ABC):
     def barrier(self) -> None:
         """Return once every rank has called this."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most implementations hold nothing
         """Give back what the reduction holds. It is not used after this."""
-        for part in self._parts.values():
-            part.close()
-        self._parts = {}
 
     def __enter__(self) -> Reduction:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    @abstractmethod
-    def _within(self, parts: int) -> Reduction:
-        """within() of a number of parts that was not asked for before."""
 
     @abstractmethod
     def _start(self, partial: Tensor, site: Site) -> Handle:

@@ -13,16 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ssm.collectives.groups import neighbours
-from megatron_ssm.collectives.reduction import (
-    ALL_GATHER,
-    DoneHandle,
-    Handle,
-    Reduction,
-    ReductionError,
-    Site,
-    Traffic,
-)
+from megatron_ssm.collectives.reduction import ALL_GATHER, DoneHandle, Handle, Reduction, ReductionError, Site
 from megatron_ssm.collectives.segment import Segment
 from megatron_ssm.collectives.torch_reduction import TorchReduction
 
@@ -50,7 +41,6 @@ class SharedMemoryReduction(Reduction):
         timeout: seconds that an operation waits for the other ranks.
         slot_bytes: what a rank hands over at once; larger tensors go in pieces. A multiple of 128.
         reason: why this implementation was chosen.
-        traffic: counters to share with another reduction.
 
     Raises:
         ValueError: `timeout` or `slot_bytes` is out of range.
@@ -63,13 +53,12 @@ class SharedMemoryReduction(Reduction):
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         slot_bytes: int = DEFAULT_SLOT_BYTES,
         reason: str = "shared memory",
-        traffic: Traffic | None = None,
     ) -> None:
         if timeout <= 0:
             raise ValueError(f"timeout: expected a positive number of seconds, found {timeout}")
         if slot_bytes <= 0 or slot_bytes % 128:
             raise ValueError(f"slot_bytes: expected a positive multiple of 128, found {slot_bytes}")
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, traffic, group)
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, group=group)
         self._other = TorchReduction(group, traffic=self.traffic)
         self._timeout = timeout
         self._slot_bytes = slot_bytes
@@ -100,19 +89,11 @@ class SharedMemoryReduction(Reduction):
         self._call(self._native_run, nothing, nothing, _GATHER, _BARRIER)
 
     def close(self) -> None:
-        super().close()
         if self._problem is None:
             self._problem = "it is closed"
         if self._segment.context is not None:
             self._segment.close()
             self._context = None
-
-    def _within(self, parts: int) -> Reduction:
-        if parts == self.size:
-            return self._other.within(parts)
-        group = neighbours(self.group, parts)
-        reason = f"{self.reason}, one of {parts} parts"
-        return SharedMemoryReduction(group, self._timeout, self._slot_bytes, reason, self.traffic)
 
     def _start(self, partial: Tensor, site: Site) -> Handle:
         kind = self._kind(partial)

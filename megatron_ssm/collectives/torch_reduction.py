@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ssm.collectives.groups import neighbours
 from megatron_ssm.collectives.reduction import (
     ALL_GATHER,
     DoneHandle,
@@ -44,9 +43,6 @@ class LocalReduction(Reduction):
     def barrier(self) -> None:
         pass
 
-    def _within(self, parts: int) -> Reduction:
-        raise AssertionError("one rank has no parts")
-
     def _start(self, partial: Tensor, site: Site) -> Handle:
         return DoneHandle(partial)
 
@@ -77,11 +73,6 @@ class TorchReduction(Reduction):
     def barrier(self) -> None:
         with as_reduction_error("a barrier"):
             dist.barrier(self.group)
-
-    def _within(self, parts: int) -> Reduction:
-        if parts == self.size:
-            return LocalReduction(f"one of {parts} parts")
-        return TorchReduction(neighbours(self.group, parts), f"{self.reason}, one of {parts} parts", self.traffic)
 
     def _start(self, partial: Tensor, site: Site) -> Handle:
         # A copy, because the backend sums in place.

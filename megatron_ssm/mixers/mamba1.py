@@ -125,15 +125,15 @@ class Mamba1Mixer(Recurrent):
 
     def _dt_b_c(self, x):
         """(channels, dt [..., their number], B [..., N], C [..., N]) of each head on this rank; here there is one."""
-        dt, B, C = self._normed(self._summed(self.x_proj(x), self.reduction))
+        dt, B, C = self._normed(self._summed(self.x_proj(x)))
         # The bias of dt goes into the scan, which adds it in fp32.
         yield slice(None), ssm_kernels.linear(dt.to(self.dt_proj.weight.dtype), self.dt_proj.weight), B, C
 
-    def _summed(self, partial: torch.Tensor, reduction: Reduction) -> torch.Tensor:
-        if reduction.size > 1:
+    def _summed(self, partial: torch.Tensor) -> torch.Tensor:
+        if self.reduction.size > 1:
             # They feed softplus and exp: the ranks' sums are added, and B and C kept, in fp32.
             partial = partial.to(self.A_log.dtype)
-        return reduction.reduce(partial, X_PROJ)
+        return self.reduction.reduce(partial, X_PROJ)
 
     def _normed(self, dt_b_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         config = self.config

@@ -1,7 +1,8 @@
 """Zamba's mixer: Mamba-1 with several heads, each of which has a dt, a B and a C of its own.
 
 While the ranks divide the heads, a rank holds whole heads and needs no reduction before that of the output. More ranks
-than heads share each head, and (dt, B, C) are summed among those that do.
+than heads share each head: (dt, B, C) are then summed over all ranks, with a place for every head, in which those that
+do not share it put zeros.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class MultiHeadMamba1Mixer(Mamba1Mixer):
         self.x_proj_weight = parameter("x_proj_weight", dtype)
         self.dt_proj_weight = parameter("dt_proj_weight", dtype)
         self.dt_proj_bias = parameter("dt_proj_bias", exact)
-        self.head_reduction = self.reduction.within(heads) if ranks > heads else None
+        self._shared_head = self.reduction.rank * heads // ranks if ranks > heads else None
 
     def _dt_bias(self) -> torch.Tensor:
         return self.dt_proj_bias.flatten()
@@ -38,7 +39,12 @@ class MultiHeadMamba1Mixer(Mamba1Mixer):
         for head, (x_proj, dt_proj) in enumerate(zip(self.x_proj_weight, self.dt_proj_weight, strict=True)):
             channels = slice(head * width, (head + 1) * width)
             dt_b_c = ssm_kernels.linear(x[..., channels], x_proj)
-            if self.head_reduction is not None:
-                dt_b_c = self._summed(dt_b_c, self.head_reduction)
+            if self._shared_head is not None:
+                dt_b_c = self._summed_by_head(dt_b_c)
             dt, B, C = self._normed(dt_b_c)
             yield channels, ssm_kernels.linear(dt.to(dt_proj.dtype), dt_proj), B, C
+
+    def _summed_by_head(self, partial: torch.Tensor) -> torch.Tensor:  # [..., R + 2N]
+        nothing = torch.zeros_like(partial)
+        places = [partial if head == self._shared_head else nothing for head in range(self.config.heads)]
+        return self._summed(torch.cat(places, dim=-1)).chunk(self.config.heads, dim=-1)[self._shared_head]

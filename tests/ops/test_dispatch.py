@@ -109,6 +109,7 @@ def test_without_a_compiler_one_warning_says_why(tmp_path):
 def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
     monkeypatch.setattr(dispatch, "_unavailable", lambda: "no compiler")
     x, pool = torch.ones(1, 4, 4), torch.ones(1, 4, 1)
+    heads = x[..., None]
     calls = {
         "rms_norm": lambda: rms_norm(x),
         "causal_conv1d": lambda: ssm_kernels.causal_conv1d(x, torch.ones(4, 2)),
@@ -117,6 +118,12 @@ def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
         "selective_state_update": lambda: ssm_kernels.selective_state_update(
             pool, x[:, 0], x[:, 0], torch.ones(4, 1), x[:, 0, :1], x[:, 0, :1]
         ),
+        "ssd_scan": lambda: ssm_kernels.ssd_scan(heads, x, torch.ones(4), heads, heads),
+        "ssd_state_update": lambda: ssm_kernels.ssd_state_update(
+            pool[..., None], heads[:, 0], x[:, 0], torch.ones(4), heads[:, 0], heads[:, 0]
+        ),
+        "gated_rms_norm": lambda: ssm_kernels.gated_rms_norm(x, x),
+        "gated_product": lambda: ssm_kernels.gated_product(x, x),
     }
     for op, call in calls.items():
         monkeypatch.setattr(dispatch, "_warned", False)

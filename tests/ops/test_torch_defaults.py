@@ -10,9 +10,20 @@ import torch
 from ops.gradients import outputs_and_gradients
 
 import ssm_kernels
-from ssm_kernels import causal_conv1d, causal_conv1d_update, rms_norm, selective_scan, selective_state_update
+from ssm_kernels import (
+    causal_conv1d,
+    causal_conv1d_update,
+    gated_product,
+    gated_rms_norm,
+    rms_norm,
+    selective_scan,
+    selective_state_update,
+    ssd_scan,
+    ssd_state_update,
+)
 
 CHANNELS, STATES, LENGTH, STARTS = 40, 16, 70, [0, 5, 5, 70]
+HEADS, GROUPS = 4, 2
 
 
 @contextmanager
@@ -38,6 +49,11 @@ def every_op(dtype):
     conv = {"x": x, "weight": weight, "bias": bias}
     norm = {"x": x, "weight": torch.randn(CHANNELS), "residual": torch.randn(1, LENGTH, CHANNELS)}
     scan_states, conv_states = torch.randn(4, CHANNELS, STATES), torch.randn(4, CHANNELS, 3).to(dtype)
+    gated = {"x": x, "z": z, "weight": torch.randn(CHANNELS)}
+    ssd = {"x": x.unflatten(-1, (HEADS, -1)), "dt": dt[..., :HEADS], "A": A[:HEADS, 0]}
+    ssd.update({name: tensor.unflatten(-1, (GROUPS, -1)) for name, tensor in (("B", B), ("C", C))})
+    ssd.update({"D": D[:HEADS], "dt_bias": dt_bias[:HEADS]})
+    ssd_states = torch.randn(4, HEADS, CHANNELS // HEADS, STATES // GROUPS)
     ones = [torch.ones(1), torch.ones(1)]  # the upstream gradients, broadcast
 
     def with_gradients(op, inputs, state=None, **options):
@@ -51,7 +67,11 @@ def every_op(dtype):
         return {"out": out, "pool": pool}
 
     packed = {"cu_seqlens": starts, "return_final_state": True}
-    token = {name: tensor[:, 0].expand(3, -1) if tensor.dim() == 3 else tensor for name, tensor in scan.items()}
+
+    def one_token(inputs):
+        return {name: t[:, 0].expand(3, *t.shape[2:]) if t.dim() > 2 else t for name, t in inputs.items()}
+
+    token = one_token(scan)
     return {
         "rms_norm": with_gradients(rms_norm, norm),
         "rms_norm to bf16": with_gradients(rms_norm, norm, residual_dtype=torch.bfloat16),
@@ -76,6 +96,18 @@ def every_op(dtype):
             in_place, selective_state_update, "state", scan_states, **token, state_indices=slots
         ),
         "selective_state_update all": partial(in_place, selective_state_update, "state", scan_states[:3], **token),
+        "ssd_scan": with_gradients(ssd_scan, ssd, ssd_states[:1], return_final_state=True),
+        "ssd_scan stateless": with_gradients(ssd_scan, ssd),
+        "ssd_scan packed": with_gradients(ssd_scan, ssd, ssd_states[:3], **packed),
+        "ssd_scan pool": partial(
+            in_place, ssd_scan, "initial_state", ssd_states, **ssd, cu_seqlens=starts, state_indices=slots
+        ),
+        "ssd_state_update": partial(
+            in_place, ssd_state_update, "state", ssd_states, **one_token(ssd), state_indices=slots
+        ),
+        "ssd_state_update all": partial(in_place, ssd_state_update, "state", ssd_states[:3], **one_token(ssd)),
+        "gated_rms_norm": with_gradients(gated_rms_norm, gated, groups=GROUPS),
+        "gated_product": with_gradients(gated_product, gated, groups=GROUPS, norm_before_gate=True),
     }
 
 

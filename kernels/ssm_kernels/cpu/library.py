@@ -18,15 +18,28 @@ from torch import Tensor
 from ssm_kernels import native
 
 FOLDER = Path(__file__).parent.parent / "csrc"
-SOURCES = ("selective_scan.cpp", "selective_scan_backward.cpp", "causal_conv1d.cpp", "rms_norm.cpp", "linear.cpp")
-HEADERS = ("vector.h", "rows.h", "selective_scan.h")
+SOURCES = (
+    "selective_scan.cpp",
+    "selective_scan_backward.cpp",
+    "ssd_scan.cpp",
+    "ssd_scan_backward.cpp",
+    "causal_conv1d.cpp",
+    "rms_norm.cpp",
+    "gated_rms_norm.cpp",
+    "linear.cpp",
+)
+HEADERS = ("vector.h", "rows.h", "matrix.h", "selective_scan.h", "ssd_scan.h")
 ENTRY_POINTS = (
     "selective_scan_forward",
     "selective_scan_backward",
+    "ssd_scan_forward",
+    "ssd_scan_backward",
     "causal_conv1d_forward",
     "causal_conv1d_backward",
     "rms_norm_forward",
     "rms_norm_backward",
+    "gated_rms_norm_forward",
+    "gated_rms_norm_backward",
     "linear_forward",
 )
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
@@ -94,6 +107,20 @@ def rows(tensor: Tensor | None, kept: list[Tensor]) -> tuple[int, int, int, int]
         strides = tensor.stride()
     token_stride = strides[1] if len(strides) == 3 else 0
     return tensor.data_ptr(), strides[0], token_stride, tensor.dtype is torch.bfloat16
+
+
+def matrix(tensor: Tensor | None, kept: list[Tensor]) -> tuple[int, int, int]:
+    """`struct Matrix` of a tensor [..., features] seen as rows; `kept` holds the copy where one is needed."""
+    if tensor is None:
+        return 0, 0, 0
+    strides = tensor.stride()
+    if strides[-1] == 1 and (len(strides) <= 2 or tensor.is_contiguous()):
+        row_stride = 0 if len(strides) == 1 else strides[-2]
+    else:
+        tensor = unit_stride(tensor.reshape(-1, tensor.shape[-1]))
+        kept.append(tensor)
+        row_stride = tensor.stride(0)
+    return tensor.data_ptr(), row_stride, tensor.dtype is torch.bfloat16
 
 
 def state_view(tensor: Tensor | None) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssm_kernels.cpu import library
-from ssm_kernels.cpu.library import unit_stride
+from ssm_kernels.cpu.library import matrix
 
 _pack = struct.Struct("=18qd").pack  # struct NormArguments
 _pack_gradients = struct.Struct("=7q").pack  # the rest of struct NormGradients
@@ -41,7 +41,7 @@ def backward(
         weight_grad = weight.new_zeros(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
     block, kept = _arguments(x, residual, weight, out_grad, residual_out_grad, eps)
     gradients = _pack_gradients(
-        *_matrix(x_grad, kept), *_matrix(residual_grad, kept), 0 if weight_grad is None else weight_grad.data_ptr()
+        *matrix(x_grad, kept), *matrix(residual_grad, kept), 0 if weight_grad is None else weight_grad.data_ptr()
     )
     library.entry_point("rms_norm_backward")(block + gradients)
     return x_grad, None if weight_grad is None else weight_grad.sum(0), residual_grad
@@ -52,28 +52,14 @@ def _arguments(x, residual, weight, out, residual_out, eps) -> tuple[bytes, list
     kept: list[Tensor] = []
     width = x.shape[-1]
     block = _pack(
-        *_matrix(x, kept),
-        *_matrix(residual, kept),
-        *_matrix(weight, kept),
-        *_matrix(out, kept),
-        *_matrix(residual_out, kept),
+        *matrix(x, kept),
+        *matrix(residual, kept),
+        *matrix(weight, kept),
+        *matrix(out, kept),
+        *matrix(residual_out, kept),
         x.numel() // width,
         width,
         torch.get_num_threads(),
         eps,
     )
     return block, kept
-
-
-def _matrix(tensor: Tensor | None, kept: list[Tensor]) -> tuple[int, int, int]:
-    """`struct Matrix` of a tensor [..., features] seen as rows; `kept` holds the copy where one is needed."""
-    if tensor is None:
-        return 0, 0, 0
-    strides = tensor.stride()
-    if strides[-1] == 1 and (len(strides) <= 2 or tensor.is_contiguous()):
-        row_stride = 0 if len(strides) == 1 else strides[-2]
-    else:
-        tensor = unit_stride(tensor.reshape(-1, tensor.shape[-1]))
-        kept.append(tensor)
-        row_stride = tensor.stride(0)
-    return tensor.data_ptr(), row_stride, tensor.dtype is torch.bfloat16

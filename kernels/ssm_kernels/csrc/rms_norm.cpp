@@ -5,25 +5,9 @@
 // Lanes are 16 neighbouring features of one row. A row is converted to fp32 once, into a buffer that the first cache
 // holds, and every further pass reads the buffer.
 
-#include <vector>
-
-#include "rows.h"
+#include "matrix.h"
 
 namespace {
-
-constexpr int64_t kParallelWork = 1 << 17;  // elements
-
-struct Matrix {
-  char* data;  // null: omitted
-  int64_t stride, is_bf16;
-
-  explicit operator bool() const { return data != nullptr; }
-  char* row(int64_t r) const { return data + r * stride * (is_bf16 ? 2 : 4); }
-  void load(int64_t r, int64_t width, float* out) const { load_row(row(r), is_bf16, static_cast<int>(width), out); }
-  void store(int64_t r, int64_t width, const float* values) const {
-    store_row(row(r), is_bf16, static_cast<int>(width), values);
-  }
-};
 
 // Packed by cpu/rms_norm.py: every field has 8 bytes. Order matters.
 struct NormArguments {
@@ -38,26 +22,15 @@ struct NormGradients {
   float* weight;  // [threads, width] or null: one partial sum a thread
 };
 
-class Buffer {
- public:
-  explicit Buffer(int64_t width) : values_(width + 2 * kLanes) {}
-  float* get() { return values_.data(); }
-
- private:
-  std::vector<float> values_;
-};
-
 float mean_of_products(const float* a, const float* b, int64_t width) {
-  vfloat totals[4] = {};
-  for (int64_t i = 0, k = 0; i < width; i += kLanes, k = (k + 1) % 4) totals[k] += load(a + i) * load(b + i);
-  return sum((totals[0] + totals[1]) + (totals[2] + totals[3])) / static_cast<float>(width);
+  return sum_of_products(a, b, width) / static_cast<float>(width);
 }
 
 // y = x + residual into `y`, padded with zeros to a whole vector.
 void load_sum(const NormArguments& args, int64_t row, float* y, float* scratch) {
-  args.x.load(row, args.width, y);
+  args.x.load(row, 0, args.width, y);
   if (!args.residual) return;
-  args.residual.load(row, args.width, scratch);
+  args.residual.load(row, 0, args.width, scratch);
   for (int64_t i = 0; i < args.width; i += kLanes) store(y + i, load(y + i) + load(scratch + i));
 }
 
@@ -65,31 +38,19 @@ float inverse_root(const NormArguments& args, const float* y) {
   return 1.0f / __builtin_sqrtf(mean_of_products(y, y, args.width) + static_cast<float>(args.eps));
 }
 
-// Runs rows(first, last, thread) for one range of rows a thread.
-template <class Run>
-void for_row_ranges(const NormArguments& args, const Run& run) {
-  if (args.threads == 1 || args.rows * args.width < kParallelWork) {
-    run(0, args.rows, 0);
-    return;
-  }
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(args.threads))
-  for (int64_t thread = 0; thread < args.threads; ++thread)
-    run(args.rows * thread / args.threads, args.rows * (thread + 1) / args.threads, thread);
-}
-
 void forward_rows(const NormArguments& args, int64_t first, int64_t last) {
   Buffer y_buffer(args.width), scratch_buffer(args.width), weight_buffer(args.width);
   float *y = y_buffer.get(), *scratch = scratch_buffer.get(), *weight = weight_buffer.get();
-  if (args.weight) args.weight.load(0, args.width, weight);
+  if (args.weight) args.weight.load(0, 0, args.width, weight);
   for (int64_t row = first; row < last; ++row) {
     load_sum(args, row, y, scratch);
-    if (args.residual_out) args.residual_out.store(row, args.width, y);
+    if (args.residual_out) args.residual_out.store(row, 0, args.width, y);
     const float scale = inverse_root(args, y);
     for (int64_t i = 0; i < args.width; i += kLanes) {
       const vfloat normed = load(y + i) * scale;
       store(y + i, args.weight ? normed * load(weight + i) : normed);
     }
-    args.out.store(row, args.width, y);
+    args.out.store(row, 0, args.width, y);
   }
 }
 
@@ -100,12 +61,12 @@ void backward_rows(const NormGradients& grads, int64_t first, int64_t last, floa
   float *y = y_buffer.get(), *g = g_buffer.get(), *weight = weight_buffer.get(), *partial = partial_buffer.get();
   Buffer scratch_buffer(args.width);
   float* scratch = scratch_buffer.get();
-  if (args.weight) args.weight.load(0, args.width, weight);
+  if (args.weight) args.weight.load(0, 0, args.width, weight);
   for (int64_t row = first; row < last; ++row) {
     load_sum(args, row, y, scratch);
     const float scale = inverse_root(args, y);
     if (args.out)
-      args.out.load(row, args.width, g);
+      args.out.load(row, 0, args.width, g);
     else
       std::fill_n(g, args.width + kLanes, 0.0f);
     for (int64_t i = 0; i < args.width; i += kLanes) {
@@ -115,14 +76,14 @@ void backward_rows(const NormGradients& grads, int64_t first, int64_t last, floa
       if (args.weight) store(g + i, out_grad * load(weight + i));
     }
     const float projection = mean_of_products(g, y, args.width);
-    if (args.residual_out) args.residual_out.load(row, args.width, scratch);
+    if (args.residual_out) args.residual_out.load(row, 0, args.width, scratch);
     for (int64_t i = 0; i < args.width; i += kLanes) {
       vfloat grad = scale * (load(g + i) - load(y + i) * projection);
       if (args.residual_out) grad += load(scratch + i);
       store(g + i, grad);
     }
-    grads.x.store(row, args.width, g);
-    if (grads.residual) grads.residual.store(row, args.width, g);
+    grads.x.store(row, 0, args.width, g);
+    if (grads.residual) grads.residual.store(row, 0, args.width, g);
   }
   if (weight_grad) std::memcpy(weight_grad, partial, args.width * sizeof(float));
 }
@@ -131,14 +92,16 @@ void backward_rows(const NormGradients& grads, int64_t first, int64_t last, floa
 
 extern "C" int64_t rms_norm_forward(const void* packed) {
   const NormArguments& args = *static_cast<const NormArguments*>(packed);
-  for_row_ranges(args, [&](int64_t first, int64_t last, int64_t) { forward_rows(args, first, last); });
+  for_row_ranges(args.rows, args.width, args.threads,
+                 [&](int64_t first, int64_t last, int64_t) { forward_rows(args, first, last); });
   return 0;
 }
 
 extern "C" int64_t rms_norm_backward(const void* packed) {
   const NormGradients& grads = *static_cast<const NormGradients*>(packed);
-  for_row_ranges(grads.forward, [&](int64_t first, int64_t last, int64_t thread) {
-    backward_rows(grads, first, last, grads.weight ? grads.weight + thread * grads.forward.width : nullptr);
+  const NormArguments& args = grads.forward;
+  for_row_ranges(args.rows, args.width, args.threads, [&](int64_t first, int64_t last, int64_t thread) {
+    backward_rows(grads, first, last, grads.weight ? grads.weight + thread * args.width : nullptr);
   });
   return 0;
 }

@@ -10,6 +10,13 @@
 
 constexpr int kGroup = 64;  // channels
 
+inline float bf16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
 // Mirrors `rows()` in cpu/library.py.
 struct Rows {
   char* data;  // null: the argument was omitted
@@ -20,6 +27,11 @@ struct Rows {
   int64_t element_size() const { return is_bf16 ? 2 : 4; }
   char* at(int64_t sequence, int64_t token, int64_t channel) const {
     return data + (sequence * sequence_stride + token * token_stride + channel) * element_size();
+  }
+  float value(int64_t sequence, int64_t token, int64_t channel) const {
+    const char* element = at(sequence, token, channel);
+    return is_bf16 ? bf16_to_float(*reinterpret_cast<const uint16_t*>(element))
+                   : *reinterpret_cast<const float*>(element);
   }
 };
 
@@ -55,13 +67,6 @@ struct Slots {
 };
 
 constexpr int64_t kSlotOutOfRange = 1;  // returned by the entry points; 0 is success
-
-inline float bf16_to_float(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
 
 inline float to_float(float value) { return value; }
 inline float to_float(uint16_t value) { return bf16_to_float(value); }

@@ -1,0 +1,218 @@
+"""The scan of Mamba-2 (Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
+Structured State Space Duality", 2024, sections 5 to 7) and its single decode step. A head's decay is one number:
+
+    dt'_t = clamp(softplus(dt_t + dt_bias))
+    h_t = exp(dt'_t A) h_{t-1} + dt'_t x_t ⊗ B_t        y_t = h_t C_t + D x_t
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssm_kernels import dispatch, reference
+from ssm_kernels.cpu import ssd_scan as cpu
+from ssm_kernels.cpu.library import fp32_empty, sequences_of
+from ssm_kernels.validation import (
+    check_dims,
+    check_shape,
+    check_slots,
+    check_states,
+    indices_in_place,
+    refuse_grad,
+    sequence_starts,
+    wants_grad,
+)
+
+NO_LIMIT = (0.0, float("inf"))
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan whole sequences. Head h uses group h // (H / G) of B and C.
+
+    Strides are free; a last stride other than 1, or heads that do not lie side by side, cost a copy. Arithmetic is fp32
+    (fp64 if x is fp64, reference only).
+
+    Args:
+        x: [B, L, H, P] input after the convolution.
+        dt: [B, L, H] step size, before `dt_bias`, softplus and the limit.
+        A: [H] fp32, already -exp(A_log).
+        B: [B, L, G, N] input matrix; G divides H.
+        C: [B, L, G, N] output matrix.
+        D: [H] fp32 skip connection.
+        dt_bias: [H] fp32, added to dt.
+        dt_softplus: apply softplus to dt + dt_bias.
+        dt_limit: (low, high) to which the step size is clamped at last.
+        initial_state: [S, H, P, N] fp32, one a sequence (S = B unless packed); zeros if omitted; never modified. With
+            `state_indices` a pool [slots, H, P, N].
+        cu_seqlens: [S + 1] int32 or int64, rising from 0 to L: B is 1 and S sequences lie packed along L, each with
+            its own state. An empty sequence keeps its state.
+        state_indices: [S] int32 or int64, distinct. Sequence s reads slot state_indices[s] of the pool and its final
+            state is written there in place; not differentiable.
+        return_final_state: also return the state after the last token: [S, H, P, N] fp32, or the pool.
+
+    Returns:
+        out [B, L, H, P] in the dtype of x, or (out, final state).
+
+    Raises:
+        ValueError: shapes, dtypes, bounds or strides do not fit; or `state_indices` with an input that requires grad.
+    """
+    starts = _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices)
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
+    if state_indices is not None:
+        refuse_grad("ssd_scan with state_indices", *inputs)
+    if not dispatch.choose("ssd_scan", inputs, _limit(x, B)):
+        check_slots(state_indices, initial_state)
+        return reference.ssd_scan(
+            *inputs[:7],
+            dt_softplus,
+            dt_limit,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            state_indices=state_indices,
+            return_final_state=return_final_state,
+        )
+    starts = None if starts is None else torch.tensor(starts, dtype=torch.int64, device="cpu")
+    if state_indices is not None:
+        indices = indices_in_place("initial_state", initial_state, state_indices)
+        out = cpu.forward(*inputs[:7], dt_softplus, dt_limit, initial_state, initial_state, starts, indices)
+        return (out, initial_state) if return_final_state else out
+    if wants_grad(*inputs):
+        out, final = _SsdScan.apply(*inputs, dt_softplus, dt_limit, starts, return_final_state)
+    else:
+        out, final = _forward(inputs, dt_softplus, dt_limit, starts, return_final_state)
+    return (out, final) if return_final_state else out
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    *,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """Advance the state by one token, in place: `ssd_scan` with L = 1. Inference only.
+
+    Args:
+        state: [B, H, P, N] fp32, or with `state_indices` a pool [slots, H, P, N]; updated in place; unit last stride.
+        x: [B, H, P].
+        dt: [B, H].
+        A: [H] fp32, already -exp(A_log).
+        B, C: [B, G, N].
+        D, dt_bias: [H] fp32.
+        dt_softplus: apply softplus to dt + dt_bias.
+        dt_limit: (low, high) to which the step size is clamped at last.
+        state_indices: [B] int32 or int64, distinct slots of the pool.
+
+    Returns:
+        out [B, H, P] in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes, bounds or strides do not fit; or an input requires grad while grad is enabled.
+    """
+    _check_step(state, x, dt, A, B, C, D, dt_bias, dt_limit, state_indices)
+    inputs = (state, x, dt, A, B, C, D, dt_bias)
+    if torch.is_grad_enabled():
+        refuse_grad("ssd_state_update", *inputs)
+    if not dispatch.choose("ssd_state_update", inputs, _limit(x, B)):
+        check_slots(state_indices, state)
+        return reference.ssd_state_update(*inputs, dt_softplus, dt_limit, state_indices=state_indices)
+    indices = indices_in_place("state", state, state_indices)
+    return cpu.forward(*inputs[1:], dt_softplus, dt_limit, state, state, None, indices)
+
+
+class _SsdScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_limit, starts, with_final):
+        inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
+        ctx.save_for_backward(*inputs, starts)
+        ctx.dt_softplus, ctx.dt_limit = dt_softplus, dt_limit
+        ctx.set_materialize_grads(False)
+        return _forward(inputs, dt_softplus, dt_limit, starts, with_final)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_grad, final_grad):
+        gradients = cpu.backward(ctx.saved_tensors, ctx.dt_softplus, ctx.dt_limit, out_grad, final_grad)
+        return *gradients, None, None, None, None
+
+
+def _forward(inputs, dt_softplus, dt_limit, starts, with_final) -> tuple[Tensor, Tensor | None]:
+    *arguments, initial = inputs
+    x, dt, B = inputs[0], inputs[1], inputs[3]
+    final = fp32_empty(sequences_of(dt, starts)[0], *x.shape[2:], B.shape[3]) if with_final else None
+    initial = cpu.unit_stride(initial)
+    return cpu.forward(*arguments, dt_softplus, dt_limit, initial, final, starts), final
+
+
+def _limit(x: Tensor, B: Tensor) -> str | None:
+    for name, width in (("P", x.shape[-1]), ("N", B.shape[-1])):
+        if width > cpu.MAX_WIDTH:
+            return f"{name} is {width}, the native kernel takes at most {cpu.MAX_WIDTH}"
+    return None
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices) -> list[int] | None:
+    check_dims("x", x, "[B, L, H, P]", 4)
+    check_dims("B", B, "[B, L, G, N]", 4)
+    batch, length, heads, width = x.shape
+    _check_heads(heads, A, B, D, dt_bias, dt_limit)
+    check_shape("dt", dt, (batch, length, heads))
+    check_shape("B", B, (batch, length, *B.shape[2:]))
+    check_shape("C", C, (batch, length, *B.shape[2:]))
+    starts = sequence_starts(cu_seqlens, batch, length)
+    sequences = batch if starts is None else len(starts) - 1
+    shape = (sequences, heads, width, B.shape[3])
+    check_states("initial_state", initial_state, shape, _state_dtype(x), state_indices)
+    return starts
+
+
+def _check_step(state, x, dt, A, B, C, D, dt_bias, dt_limit, state_indices) -> None:
+    check_dims("x", x, "[B, H, P]", 3)
+    check_dims("B", B, "[B, G, N]", 3)
+    batch, heads, width = x.shape
+    _check_heads(heads, A, B, D, dt_bias, dt_limit)
+    check_shape("dt", dt, (batch, heads))
+    check_shape("B", B, (batch, *B.shape[1:]))
+    check_shape("C", C, (batch, *B.shape[1:]))
+    if state is None:
+        raise ValueError("state: expected a tensor, found None")
+    check_states("state", state, (batch, heads, width, B.shape[2]), _state_dtype(x), state_indices)
+
+
+def _check_heads(heads, A, B, D, dt_bias, dt_limit) -> None:
+    groups = B.shape[-2]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"B: expected a number of groups G that divides the {heads} heads of x, found {groups}")
+    for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+        check_shape(name, tensor, (heads,))
+    low, high = dt_limit
+    if not low <= high:
+        raise ValueError(f"dt_limit: expected (low, high) with low <= high, found {dt_limit}")
