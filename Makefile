@@ -30,6 +30,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tools/bench_main_job.py $(ARGS)
+	$(BIN)/python tools/bench_families.py
 	$(BIN)/python tools/bench_training.py
 
 demo: $(READY)

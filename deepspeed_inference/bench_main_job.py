@@ -17,47 +17,57 @@ import torch
 
 import ssm_kernels
 from deepspeed_inference.benchmarking import interleaved, on_ranks, ratio
+from megatron_ssm.linear import ColumnParallelLinear, RowParallelLinear
 
-SHAPE_130M = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
+SHAPE_130M = {"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
 PROMPT = 512
 
 
-def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict:
-    """Prefill of 512 tokens and single-stream decode, ours and transformers', all cores, random weights."""
+def against_transformers(
+    dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict, prompt: int = PROMPT
+) -> dict:
+    """Prefill and then single-stream decode, ours and transformers', all cores, random weights.
+
+    Args:
+        dtype: both run in.
+        rounds: beside the one that warms up.
+        decode_steps: a round, behind its prefill.
+        shape: a transformers config's `model_type` and options.
+        prompt: tokens of the prefill.
+    """
     from deepspeed_inference.engine import init_inference
 
-    theirs, ids = _random_model(shape).to(dtype), _prompt(shape)
+    ids = _prompt(shape, prompt)
     engine = init_inference(_random_model(shape), dtype=dtype)
-    context = engine.new_context(1)
+    ours, theirs = _Ours(engine, ids, decode_steps), _Theirs(_random_model(shape).to(dtype), ids, decode_steps)
     with torch.inference_mode():
-        cache = theirs(ids[:, :8]).cache_params
-        engine.prefill(ids[:, :8], context)
         timed = {
-            "their_prefill": lambda: theirs(ids, logits_to_keep=1),
-            "our_prefill": lambda: engine.prefill(ids, engine.new_context(1)),
-            "their_decode": lambda: [theirs(ids[:, :1], cache_params=cache) for _ in range(decode_steps)],
-            "our_decode": lambda: [engine.decode(ids[:, :1], context) for _ in range(decode_steps)],
+            "their_prefill": theirs.prefill,
+            "our_prefill": ours.prefill,
+            "their_decode": theirs.decode,
+            "our_decode": ours.decode,
+            "products": _products_alone(engine, prompt),
         }
-        timed["products"] = _products_alone(engine)
         seconds = interleaved(timed, rounds)
     return {
-        "their_prefill_tokens_per_second": PROMPT / statistics.median(seconds["their_prefill"]),
-        "our_prefill_tokens_per_second": PROMPT / statistics.median(seconds["our_prefill"]),
-        "products_alone_tokens_per_second": PROMPT / statistics.median(seconds["products"]),
+        "their_prefill_tokens_per_second": prompt / statistics.median(seconds["their_prefill"]),
+        "our_prefill_tokens_per_second": prompt / statistics.median(seconds["our_prefill"]),
+        "products_alone_tokens_per_second": prompt / statistics.median(seconds["products"]),
         "their_decode_ms": 1e3 * statistics.median(seconds["their_decode"]) / decode_steps,
         "our_decode_ms": 1e3 * statistics.median(seconds["our_decode"]) / decode_steps,
         "prefill_speedup": ratio(seconds["their_prefill"], seconds["our_prefill"]),
         "decode_speedup": ratio(seconds["their_decode"], seconds["our_decode"]),
         "prefill_speedup_of_products_alone": ratio(seconds["their_prefill"], seconds["products"]),
+        "products_share_of_our_prefill": ratio(seconds["products"], seconds["our_prefill"]),
     }
 
 
-def over_ranks(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict:
-    """One rank of one thread, one rank of two, and two ranks of one: prefill and decode."""
-    seconds = on_ranks(_time_layouts, 2, dtype, rounds, decode_steps, shape)[0]
+def over_ranks(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict, prompt: int = PROMPT) -> dict:
+    """One rank of one thread, one rank of two, and two ranks of one: prefill and decode, as `against_transformers`."""
+    seconds = on_ranks(_time_layouts, 2, dtype, rounds, decode_steps, shape, prompt)[0]
     result = {}
     for layout in ("1x1", "1x2", "2x1"):
-        result[f"{layout}_prefill_tokens_per_second"] = PROMPT / statistics.median(seconds[f"{layout}_prefill"])
+        result[f"{layout}_prefill_tokens_per_second"] = prompt / statistics.median(seconds[f"{layout}_prefill"])
         result[f"{layout}_decode_ms"] = 1e3 * statistics.median(seconds[f"{layout}_decode"]) / decode_steps
     result["prefill_speedup_of_2_ranks_over_1"] = ratio(seconds["1x1_prefill"], seconds["2x1_prefill"])
     result["decode_time_of_2_ranks_over_2_threads"] = ratio(seconds["2x1_decode"], seconds["1x2_decode"])
@@ -84,17 +94,53 @@ def memory_of_loading(ranks: int, dtype: torch.dtype, shape: dict) -> dict:
     }
 
 
-def _products_alone(engine) -> Callable:
-    """A prefill's matrix products and nothing else: what no prefill on this machine's cores can go below."""
-    mixers = [block.mixer for block in engine.module.backbone.layers]
-    weights = [
-        layer.weight for mixer in mixers for layer in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    ]
-    inputs = {weight.shape[1]: torch.randn(PROMPT, weight.shape[1]).to(weight.dtype) for weight in weights}
+class _Ours:
+    """The engine's prefill of a prompt, and decode steps behind the last one."""
+
+    def __init__(self, engine, ids: torch.Tensor, decode_steps: int):
+        self._engine, self._ids, self._decode_steps = engine, ids, decode_steps
+
+    def prefill(self) -> None:
+        self._context = self._engine.new_context(1)
+        self._engine.prefill(self._ids, self._context)
+
+    def decode(self) -> None:
+        for _ in range(self._decode_steps):
+            self._engine.decode(self._ids[:, :1], self._context)
+
+
+class _Theirs:
+    """The same by a transformers model and its own cache."""
+
+    def __init__(self, model, ids: torch.Tensor, decode_steps: int):
+        self._model, self._ids, self._decode_steps = model, ids, decode_steps
+
+    def prefill(self) -> None:
+        output = self._model(self._ids, logits_to_keep=1)
+        # Models with attention call their cache otherwise, and want to know where they are.
+        self._has_attention = "past_key_values" in output
+        self._cache = output.past_key_values if self._has_attention else output.cache_params
+
+    def decode(self) -> None:
+        length = self._ids.shape[1]
+        for position in range(length, length + self._decode_steps):
+            past = {"cache_params": self._cache}
+            if self._has_attention:
+                past = {"past_key_values": self._cache, "position_ids": torch.tensor([[position]])}
+            self._model(self._ids[:, :1], **past)
+
+
+def _products_alone(engine, prompt: int) -> Callable:
+    """A prefill's products with weights and nothing else: what no prefill on this machine's cores can go below."""
+    linears = (ColumnParallelLinear, RowParallelLinear)
+    weights = [module.weight for module in engine.stack.layers.modules() if isinstance(module, linears)]
+    inputs = {weight.shape[1]: torch.randn(prompt, weight.shape[1]).to(weight.dtype) for weight in weights}
     return lambda: [ssm_kernels.linear(inputs[weight.shape[1]], weight) for weight in weights]
 
 
-def _time_layouts(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict) -> dict[str, list[float]]:
+def _time_layouts(
+    dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict, prompt: int
+) -> dict[str, list[float]]:
     import torch.distributed as dist
 
     from deepspeed_inference.engine import init_inference
@@ -107,17 +153,13 @@ def _time_layouts(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dic
     sleep = make_reduction(dist.group.WORLD, "cpu", kind="torch")  # its barrier does not spin
     parallel = {"tp_size": 1, "tp_group": groups[rank]}
     alone = init_inference(_random_model(shape), dtype=dtype, tensor_parallel=parallel)
-    ids = _prompt(shape)
+    ids = _prompt(shape, prompt)
     seconds: dict[str, list[float]] = {}
 
     def measure(layout: str, engine, threads: int) -> None:
         torch.set_num_threads(threads)
-        context = engine.new_context(1)
-        engine.prefill(ids[:, :8], context)
-        for name, action in {
-            "prefill": lambda: engine.prefill(ids, engine.new_context(1)),
-            "decode": lambda: [engine.decode(ids[:, :1], context) for _ in range(decode_steps)],
-        }.items():
+        ours = _Ours(engine, ids, decode_steps)
+        for name, action in (("prefill", ours.prefill), ("decode", ours.decode)):
             began = time.perf_counter()
             action()
             seconds.setdefault(f"{layout}_{name}", []).append(time.perf_counter() - began)
@@ -158,11 +200,11 @@ def _anonymous_bytes() -> int:
 
 
 def _random_model(shape: dict):
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return MambaForCausalLM(MambaConfig(**shape)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).eval()
 
 
-def _prompt(shape: dict) -> torch.Tensor:
-    return torch.randint(1, shape["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(1))
+def _prompt(shape: dict, length: int) -> torch.Tensor:
+    return torch.randint(1, shape["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))

@@ -149,6 +149,9 @@ MAMBA_1 = {
 MAMBA_2 = {
     "mamba2": ("mamba2", {}),
     "mamba2-groups2-tied": ("mamba2", {**TIED, "n_groups": 2, "num_heads": 12, "head_dim": 4, "state_size": 7}),
+    "mamba2-groups2": ("mamba2", {"n_groups": 2, "tie_word_embeddings": True}),
+    # Neither the groups nor two or four ranks divide the other: a rank's heads begin or end inside a group.
+    "mamba2-groups3": ("mamba2", {"num_heads": 12, "head_dim": 4, "n_groups": 3}),
     "mamba2-groups4-bias": ("mamba2", {"n_groups": 4, "use_bias": True, "residual_in_fp32": False}),
     "mamba2-groups8": ("mamba2", {"n_groups": 8, "num_heads": 16, "head_dim": 3, "state_size": 5}),
     "mamba2-narrow-conv": ("mamba2", {"n_groups": 2, "conv_kernel": 2, "use_conv_bias": False, "chunk_size": 64}),
@@ -176,6 +179,7 @@ HYBRIDS = {
         {"use_shared_attention_adapter": True, "use_mem_rope": True, "num_attention_heads": 8, "mamba_ngroups": 1},
     ),
     "bamba": ("bamba", {}),
+    "bamba-kv3": ("bamba", {"num_attention_heads": 12, "num_key_value_heads": 3}),
     "bamba-bias-groups2": (
         "bamba",
         {**BIASES, **TIED, "mamba_n_groups": 2, "time_step_limit": [0.1, 0.8], "intermediate_size": 88},
@@ -266,6 +270,7 @@ ALL_VARIANTS = {**MAMBA_1, **MAMBA_2, **HYBRIDS}
 EIGHT_RANKS = frozenset(
     {
         "mamba2",
+        "mamba2-groups2",
         "mamba2-groups4-bias",
         "mamba2-groups8",
         "zamba-untied",

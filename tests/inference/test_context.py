@@ -155,7 +155,7 @@ def test_deepspeed_is_underneath_and_replaced_nothing():
 def test_a_step_that_fails_leaves_a_context_that_nobody_can_continue(engine, monkeypatch):
     context = engine.new_context(1)
     engine.prefill(random_ids(1, 4), context)
-    monkeypatch.setattr(engine._blocks[1], "step", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(engine.stack.layers[1], "step", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.decode(torch.tensor([3]), context)
     monkeypatch.undo()

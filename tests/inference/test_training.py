@@ -65,10 +65,8 @@ def _injected(variant: str, dtype: torch.dtype):
     family, source = family_of(model.config), ModuleSource(model)
     place = {"reduction": make_reduction(None, "cpu"), "device": torch.device("cpu")}
     policy.inject(model, family, source, dtype=dtype, **place)
-    shape = {"num_layers": model.config.num_hidden_layers, "batch_size": 2, "ranks": 1, "device": place["device"]}
-    return model.requires_grad_(True), SSMInferenceContext(
-        family, family.ssm_config(model.config), dtype=dtype, **shape
-    )
+    shape = {"batch_size": 2, "ranks": 1, "device": place["device"]}
+    return model.requires_grad_(True), SSMInferenceContext(family.plan(model.config), dtype=dtype, **shape)
 
 
 @pytest.mark.parametrize("length", [1, 9])

@@ -4,8 +4,8 @@
 //
 // The lanes of U, S[j] and out are neighbours in memory, 16 a vector; W and V give one number a row j. What is lanes
 // and what is rows differs from pass to pass, so that no pass sums over lanes. In each, 4 rows of 64 lanes stay in
-// registers while a chunk of tokens goes by. What a token gives to its own output, (W_t . V_t) U_t, is left to the pass:
-// the gradient of a_t is a sum without these terms, and would lose its digits if they had to be taken off again.
+// registers while a chunk of tokens goes by. What a token gives to its own output, (W_t . V_t) U_t, is left to the
+// pass: the gradient of a_t is a sum without these terms, and would lose its digits if they had to be taken off again.
 //
 // The decay a_t is one number a head. Instead of multiplying the state by it at every token, the state is kept as
 // S 2^-c, where c is the sum of log2(a) since the segment began: then U is multiplied by 2^-c and out by 2^c, vectors
