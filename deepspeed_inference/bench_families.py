@@ -42,7 +42,7 @@ BAMBA_120M = {
 
 
 def shapes(layers: int | None = None) -> dict[str, dict]:
-    """The models by their names: what transformers configs are made of. `layers` is how many each has; None: its own."""
+    """The models by their names: what transformers configs are made of, of `layers` layers each if it is given."""
     mamba2, bamba = dict(MAMBA2_130M), dict(BAMBA_120M)
     if layers is not None:
         mamba2["num_hidden_layers"] = bamba["num_hidden_layers"] = layers

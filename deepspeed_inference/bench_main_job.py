@@ -17,15 +17,12 @@ import torch
 
 import ssm_kernels
 from deepspeed_inference.benchmarking import interleaved, on_ranks, ratio
-from megatron_ssm.linear import ColumnParallelLinear, RowParallelLinear
 
 SHAPE_130M = {"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
 PROMPT = 512
 
 
-def against_transformers(
-    dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict, prompt: int = PROMPT
-) -> dict:
+def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict, prompt: int = PROMPT) -> dict:
     """Prefill and then single-stream decode, ours and transformers', all cores, random weights.
 
     Args:
@@ -132,6 +129,8 @@ class _Theirs:
 
 def _products_alone(engine, prompt: int) -> Callable:
     """A prefill's products with weights and nothing else: what no prefill on this machine's cores can go below."""
+    from megatron_ssm.linear import ColumnParallelLinear, RowParallelLinear
+
     linears = (ColumnParallelLinear, RowParallelLinear)
     weights = [module.weight for module in engine.stack.layers.modules() if isinstance(module, linears)]
     inputs = {weight.shape[1]: torch.randn(prompt, weight.shape[1]).to(weight.dtype) for weight in weights}

@@ -1,4 +1,4 @@
-"""What a model's layers say to each other: the collectives of each layer, and their bytes, declared from the plan alone.
+"""What a model's layers say to each other: the collectives of each and their bytes, declared from the plan alone.
 
 A test counts what really happens and compares.
 """
