@@ -42,11 +42,13 @@ class HFBackbone(Stack):
 
     Args:
         replaced: the Hugging Face model that it stands in for; its plain attributes, which heads read, are kept.
+        config: of the Hugging Face model.
         arguments: those of Stack.
     """
 
-    def __init__(self, replaced: torch.nn.Module, *arguments, **keywords):
+    def __init__(self, replaced: torch.nn.Module, config, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
+        self.config = config
         kept = {name: value for name, value in vars(replaced).items() if not name.startswith("_")}
         for name in kept.keys() - {"training", *vars(self)}:
             setattr(self, name, kept[name])
@@ -84,7 +86,7 @@ class HFBackbone(Stack):
         cache = cache_params if past_key_values is None else past_key_values
         embeddings = self.times(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         if use_cache is None:
-            use_cache = not self.training and bool(self.config.use_cache)
+            use_cache = not self.training and getattr(self.config, "use_cache", False)
         if cache is None and use_cache:
             cache = self.new_context(embeddings.shape[0])
         packing = _packing(attention_mask, embeddings.shape[1])

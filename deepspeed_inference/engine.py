@@ -52,7 +52,7 @@ def init_inference(
     """
     options = _options(model, config, keywords)
     place = Placement.of(options)
-    opened = place.reduction.together(lambda: _open(model, options))
+    opened = place.reduction.together(lambda: _open(model, options, place.reduction.size))
     show = options.progress and place.is_first
 
     def progress(names):
@@ -334,12 +334,14 @@ class _Opened:
     directory: Path | None
 
 
-def _open(model: PreTrainedModel | str | Path | None, options: InferenceConfig) -> _Opened:
+def _open(model: PreTrainedModel | str | Path | None, options: InferenceConfig, ranks: int) -> _Opened:
     if isinstance(model, PreTrainedModel):
         family = family_of(model.config, type(model).__name__)
+        family.check(model.config, ranks)
         return _Opened(model.eval(), family, ModuleSource(model), _dtype(options.dtype or model.dtype), None)
     directory = model_directory(options.model)
     config, family = read_config(directory)
+    family.check(config, ranks)
     dtype = _dtype(options.dtype or getattr(config, "dtype", None) or torch.float32)
     empty = empty_model(config, family, directory)
     return _Opened(empty, family, SafetensorsSource(directory, family.renames), dtype, directory)

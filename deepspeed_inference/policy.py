@@ -83,7 +83,9 @@ def replace_modules(model: nn.Module, family: Family, *, reduction: Reduction, d
     place = {"reduction": reduction, "dtype": dtype}
     vocabulary = ParameterLayout(shape=(plan.vocab_size, plan.hidden_size), dim=0, pad=True)
     with torch.device("meta"):
-        setattr(model, family.backbone, HFBackbone(getattr(model, family.backbone), plan, family, **place))
+        setattr(
+            model, family.backbone, HFBackbone(getattr(model, family.backbone), model.config, plan, family, **place)
+        )
         setattr(model, family.head, PinnedHead(vocabulary, **place))
     # transformers then leaves it to the backbone to make the cache: one of ours.
     model._supports_default_dynamic_cache = lambda: False

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megatron_ssm.families import tables
+from megatron_ssm.families.from_config import refuse
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.plan import Layer, ModelPlan, SharedBlock
 
@@ -68,7 +69,12 @@ class Family:
         return f"{self.backbone}.{name.removeprefix(self.prefix)}" if name.startswith(self.prefix) else name
 
     def check(self, config, ranks: int) -> None:
-        """Raise ValueError where so many ranks cannot share the model; before any weight is read."""
+        """Raise ValueError where the config asks for what is not supported, or so many ranks cannot share the model.
+
+        It reads no weight.
+        """
+        if getattr(config, "quantization_config", None) is not None:
+            refuse(config, "quantization_config", "none", "packed integers would be read as weights")
         for name, layout in self.parameters(config).items():
             layout.check(name, ranks)
 

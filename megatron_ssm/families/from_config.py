@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from megatron_ssm.config import RotaryConfig
 
@@ -10,7 +11,7 @@ _ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "
 _DYNAMIC_ROPE = ("dynamic", "longrope")  # their frequencies change with the length of the text
 
 
-def refuse(config, field: str, expected: str, otherwise: str) -> None:
+def refuse(config, field: str, expected: str, otherwise: str) -> NoReturn:
     """Raise the ValueError for a field that is not supported as it is.
 
     Args:

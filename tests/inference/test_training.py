@@ -78,7 +78,7 @@ def test_every_gradient_equals_that_of_transformers(ranks, variant, size, by_gro
         if layout.dim is None:
             assert all(torch.equal(piece, pieces[0]) for piece in pieces), f"{name} differs between the ranks"
         error = (layout.merge(pieces) - expected[name]).abs().max() / expected[name].abs().max()
-        assert error < 2e-4, f"gradient of {name} is {float(error):.1e} off"
+        assert error < 5e-4, f"gradient of {name} is {float(error):.1e} off"
 
 
 def _injected(variant: str, dtype: torch.dtype):

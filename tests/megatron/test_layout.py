@@ -4,9 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import VARIANTS, tiny_model
 
-from megatron_ssm.families import families, family_of
 from megatron_ssm.layout import ParameterLayout, Segment
 
 
@@ -57,31 +55,57 @@ def test_indivisible_width_names_the_parameter_and_both_numbers():
         layout.check("in_proj", 2)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_table_names_every_parameter_of_transformers_model_with_its_shape(variant):
-    model = tiny_model(variant)
-    table = family_of(model.config).parameters(model.config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert {name: layout.shape for name, layout in table.items()} == expected
+def test_rows_that_groups_share_go_where_their_heads_are():
+    layout = ParameterLayout(shape=(4,), dim=0, segments=(Segment("B", 4, heads=4, groups=2),))
+    whole = torch.arange(4.0)
+    assert [layout.shard(whole, rank, 2).tolist() for rank in range(2)] == [[0, 1], [2, 3]]
+    assert [layout.shard(whole, rank, 4).tolist() for rank in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_where_ranks_and_groups_do_not_divide_each_other_every_run_of_heads_has_its_group():
+    segment = Segment("B", 3, heads=6, groups=3)  # heads 0 1 | 2 3 | 4 5, ranks 0 1 2 | 3 4 5
+    assert [segment.local_owners(rank, 2) for rank in range(2)] == [[0, 0, 1], [1, 2, 2]]
+    assert segment.is_repeated(2) and not segment.is_repeated(3)
+
+
+@given(groups=st.integers(1, 8), heads_a_group=st.integers(1, 6), ranks=st.integers(1, 8), width=st.integers(1, 3))
+def test_every_head_finds_its_groups_rows_on_its_own_rank(groups, heads_a_group, ranks, width):
+    heads = groups * heads_a_group
+    segment = Segment("B", groups * width, heads=heads, groups=groups)
+    layout = ParameterLayout(shape=(groups * width,), dim=0, segments=(segment,))
+    if heads % ranks:
+        with pytest.raises(ValueError, match=f"divides {heads} heads"):
+            layout.check("B", ranks)
+        return
+    whole = torch.arange(float(groups * width))
+    pieces = [layout.shard(whole, rank, ranks) for rank in range(ranks)]
+    for head in range(heads):
+        rank, own = divmod(head, heads // ranks)
+        runs = pieces[rank].view(-1, width)
+        rows = runs[own // (heads // ranks // len(runs))]
+        assert torch.equal(rows, whole.view(groups, width)[head // heads_a_group])
+    assert torch.equal(layout.merge(pieces), whole)
+
+
+def test_segments_that_alternate_on_disk_lie_one_behind_the_other_on_a_rank():
+    segments = (Segment("x", 4), Segment("z", 4))
+    layout = ParameterLayout(shape=(8,), dim=0, segments=segments, interleaved=True)
+    whole = torch.tensor([0, 10, 1, 11, 2, 12, 3, 13])  # x_0 z_0 x_1 z_1 …
+    pieces = [layout.shard(whole, rank, 2) for rank in range(2)]
+    assert [piece.tolist() for piece in pieces] == [[0, 1, 10, 11], [2, 3, 12, 13]]
+    assert torch.equal(layout.merge(pieces), whole)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_distinct_values_in_every_segment_survive_the_cut(ranks):
-    model = tiny_model("mamba-untied-bias")
-    for name, layout in family_of(model.config).parameters(model.config).items():
-        whole = torch.arange(float(torch.Size(layout.shape).numel())).view(layout.shape)
-        assert torch.equal(layout.merge([layout.shard(whole, r, ranks) for r in range(ranks)]), whole), name
+def test_an_outer_dimension_is_cut_first(ranks):
+    layout = ParameterLayout(shape=(2, 3, 4), dim=2, outer=0)
+    whole = torch.arange(24.0).view(2, 3, 4)
+    pieces = [layout.shard(whole, rank, ranks) for rank in range(ranks)]
+    assert pieces[0].shape == {1: (2, 3, 4), 2: (1, 3, 4), 4: (1, 3, 2)}[ranks]
+    assert torch.equal(layout.merge(pieces), whole)
 
 
-def test_every_family_names_a_class_of_transformers():
-    import transformers
-
-    for family in families().values():
-        assert hasattr(transformers, family.architecture)
-
-
-def test_unsupported_architecture_lists_the_supported_ones():
-    from transformers import GPT2Config
-
-    with pytest.raises(ValueError, match=r"found no architecture \(gpt2\); supported are .*MambaForCausalLM"):
-        family_of(GPT2Config())
+def test_ranks_that_neither_divide_the_outer_dimension_nor_are_a_multiple_of_it():
+    layout = ParameterLayout(shape=(2, 12), dim=1, outer=0)
+    with pytest.raises(ValueError, match=r"A: expected a number of ranks that divides 2 .* divides 24 .*found 3 ranks"):
+        layout.check("A", 3)
