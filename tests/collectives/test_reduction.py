@@ -364,3 +364,34 @@ def two_groups_and_two_models(context: RankContext) -> None:
 
 def test_subgroups_and_several_models(ranks):
     ranks(two_groups_and_two_models, 4)
+
+
+def sum_with_exact_numbers(context: RankContext, kind: str) -> list[bytes]:
+    results = []
+    with make(kind, context) as reduction:
+        for dtype in FLOATS:
+            wide = torch.promote_types(dtype, torch.float32)
+            partial = partial_of(context.rank, (2, 3, 40), dtype)
+            exact = partial_of(context.rank, (2, 3, 2), wide, seed=5) * 1000
+            total, numbers = reduction.reduce_with(partial, exact, OUT_PROJ)
+            assert total.dtype == dtype and numbers.dtype == wide
+            largest = rank_ordered_sum(context.size, (2, 3, 40), torch.float64).abs().max()
+            expected = rank_ordered_sum(context.size, (2, 3, 40), torch.float64).to(dtype)
+            bound = 4 * context.size * torch.finfo(dtype).eps * largest
+            assert (total.double() - expected.double()).abs().max() <= bound, dtype
+            parts = [partial_of(rank, (2, 3, 2), wide, seed=5) * 1000 for rank in range(context.size)]
+            bound = 4 * torch.finfo(wide).eps * sum(part.abs() for part in parts)
+            assert ((numbers - sum(parts)).abs() <= bound).all(), dtype
+            if dtype is torch.bfloat16:  # nothing but zeros was added to any rank's numbers
+                assert torch.equal(numbers, torch.stack(parts).sum(0))
+            results += [bits(total), bits(numbers)]
+        poisoned = torch.full((1, 1), float("nan") if context.rank == context.size - 1 else 1.0)
+        assert reduction.reduce_with(torch.ones(1, 4, dtype=torch.bfloat16), poisoned, OUT_PROJ)[1].isnan()
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ["torch_forced", "shared_memory", "small_slots"])
+def test_a_few_numbers_travel_exactly_beside_a_tensor_of_any_dtype(ranks, kind, size):
+    answers = ranks(sum_with_exact_numbers, size, kind)
+    assert all(answer == answers[0] for answer in answers)

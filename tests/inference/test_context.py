@@ -5,15 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import VARIANTS, random_ids, tiny_checkpoint, tiny_model
+from transformers import DynamicCache
 
 from deepspeed_inference import init_inference
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+HYBRIDS = (
+    "mamba2-groups3",
+    "zamba-kv2-bias",
+    "zamba2-two-blocks",
+    "bamba-kv3",
+    "falcon_h1-norm-before-gate",
+    "jamba",
+    "nemotron_h",
+    "granitemoehybrid-rope-multipliers",
+)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[*VARIANTS, *HYBRIDS])
 def engine(request):
-    return init_inference(tiny_checkpoint(request.param), dtype=torch.float32)
+    engine = init_inference(tiny_checkpoint(request.param), dtype=torch.float32)
+    engine.variant = request.param
+    return engine
 
 
 def test_prefill_then_one_step_equals_a_longer_prefill(engine):
@@ -22,9 +35,11 @@ def test_prefill_then_one_step_equals_a_longer_prefill(engine):
     expected = engine.prefill(ids, whole)
     engine.prefill(ids[:, :-1], split)
     torch.testing.assert_close(engine.decode(ids[:, -1:], split), expected, **CLOSE)
-    for index in range(3):
-        torch.testing.assert_close(split.layer(index).ssm, whole.layer(index).ssm, **CLOSE)
-        torch.testing.assert_close(split.layer(index).conv, whole.layer(index).conv, **CLOSE)
+    for index in range(len(engine.plan.layers)):
+        for name in ("conv", "ssm", "keys", "values"):
+            got, expected = getattr(split.layer(index), name), getattr(whole.layer(index), name)
+            if expected is not None:
+                torch.testing.assert_close(got, expected, **CLOSE)
     assert whole.positions.tolist() == split.positions.tolist() == [30, 30]
 
 
@@ -66,8 +81,55 @@ def test_transformers_forward_honours_the_mask_and_its_own_cache(engine):
         expected = engine(text).logits
         first = engine.module(padded, attention_mask=mask, use_cache=True)
         torch.testing.assert_close(first.logits[:, 3:], expected, **CLOSE)
-        cache = engine.module(text[:, :5], use_cache=True).cache_params
-        torch.testing.assert_close(engine.module(text[:, 5:], cache_params=cache).logits, expected[:, 5:], **CLOSE)
+        name = "cache_params" if "mamba" in type(engine.module).__name__.lower() else "past_key_values"
+        for cache in (None, engine.new_context(1), DynamicCache(config=engine.module.config)):
+            given = {} if cache is None else {name: cache}
+            cache = getattr(engine.module(text[:, :5], use_cache=True, **given), name)
+            rest = engine.module(text[:, 5:], **{name: cache}).logits
+            torch.testing.assert_close(rest, expected[:, 5:], **CLOSE)
+
+
+def test_transformers_forward_takes_embeddings_and_shows_the_stream(engine):
+    ids = random_ids(2, 6)
+    with torch.inference_mode():
+        expected = engine.module(ids).logits
+        embeddings = engine.stack.embedding(ids)
+        got = engine.module(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False)
+        torch.testing.assert_close(got.logits, expected, **CLOSE)
+        assert len(got.hidden_states) == len(engine.plan.layers) + 1
+        torch.testing.assert_close(got.hidden_states[0], engine.stack.times(embeddings))
+        backbone = engine.module.get_submodule(engine.family.backbone)
+        for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeddings}):
+            with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+                backbone(**wrong)
+        with pytest.raises(ValueError, match=r"attention_mask: expected \[B, L\]"):
+            backbone(ids, attention_mask=torch.ones(2, 1, 6, 6))
+
+
+def test_keys_and_values_grow_and_are_counted(engine):
+    ids, context = random_ids(2, 150), engine.new_context(2)
+    empty = context.nbytes()
+    expected = engine.prefill(ids, engine.new_context(2))
+    for piece in ids.split((60, 1, 20, 69), dim=1):
+        last = engine.prefill(piece, context)
+    torch.testing.assert_close(last, expected, **CLOSE)
+    growing = sum(layer.keys is not None for layer in map(context.layer, range(len(engine.plan.layers))))
+    assert (context.nbytes() > empty) == bool(growing)
+
+
+def test_beams_move_the_state_of_every_layer(engine):
+    ids = random_ids(1, 6)
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "eos_token_id": -1}
+    beams = engine.module.generate(ids, **options)
+    theirs = tiny_model(engine.variant).generate(ids, **options, use_cache=False)
+    assert torch.equal(beams, theirs)
+
+
+def test_padding_and_keys_in_a_cache_of_transformers_are_refused_together():
+    engine = init_inference(tiny_checkpoint("jamba"), dtype=torch.float32)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    with pytest.raises(ValueError, match=r"padded batch with a transformers cache: .* found DynamicCache"):
+        engine.module(random_ids(2, 3), attention_mask=mask, past_key_values=DynamicCache(config=engine.module.config))
 
 
 def test_reorder_fork_reset_and_free(engine):
@@ -97,7 +159,8 @@ def test_a_row_that_is_reset_begins_anew_and_the_others_go_on(engine):
     assert context.positions.tolist() == [12, 0, 12]
     logits, others = engine.prefill(ids, context), engine.prefill(ids, kept)
     torch.testing.assert_close(logits[1:2], engine.prefill(ids[1:2], engine.new_context(1)), **CLOSE)
-    assert torch.equal(logits[::2], others[::2]) and not torch.equal(logits[1], others[1])
+    torch.testing.assert_close(logits[::2], others[::2], **CLOSE)
+    assert not torch.allclose(logits[1], others[1], **CLOSE)
     for wrong in (torch.tensor([True]), torch.tensor([0, 1, 2])):
         with pytest.raises(ValueError, match="reset: expected 3 booleans, found"):
             context.reset(wrong)
