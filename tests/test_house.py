@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,23 @@ def test_the_readmes_python_runs(tmp_path):
     assert blocks
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, capture_output=True, timeout=120)
+
+
+def test_the_readmes_family_and_its_table_of_collectives_are_those_of_the_code():
+    from deepspeed_inference.communication_table import family_configs, markdown, rows
+    from megatron_ssm.families import families
+
+    example = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "FAMILY" in block)
+    scope: dict = {}
+    exec(example, scope)
+    sizes = {"mamba_heads": 8, "mamba_head_dim": 4, "mamba_groups": 2, "state_size": 4, "conv_kernel": 4}
+    sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 9}
+    config = SimpleNamespace(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    table = scope["FAMILY"].parameters(config)
+    assert {"model.layers.0.mamba.in_proj.weight", "model.layers.0.feed_forward.gate_proj.weight"} <= set(table)
+    assert markdown(rows(family_configs(), (2, 4, 8)), (2, 4, 8)) in README
+    for name in families():
+        assert f"`{name}`" in README
 
 
 def test_every_package_is_in_the_wheel():
