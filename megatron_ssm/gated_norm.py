@@ -54,7 +54,8 @@ class GatedNorm(nn.Module):
         self.config = config
         self.reduction = reduction
         groups = Segment("groups", config.groups, heads=config.heads, groups=config.groups)
-        self.groups_here = groups.local_owners(reduction.rank, reduction.size)  # of each run of this rank's channels
+        # Of each run of this rank's channels: its group.
+        self.groups_here = groups.local_owners(reduction.rank, reduction.size)
         self.group_width = config.inner_size // config.groups
 
     def project(self, y: torch.Tensor, z: torch.Tensor, out_proj: RowParallelLinear) -> Partial:
@@ -84,6 +85,8 @@ class GatedNorm(nn.Module):
         return torch.rsqrt(square_sums / self.group_width + self.config.norm_eps)
 
     def _by_group(self, sums: torch.Tensor) -> torch.Tensor:  # [..., runs here] -> [..., G]
+        if self.config.groups == 1:
+            return sums
         whole = sums.new_zeros(*sums.shape[:-1], self.config.groups)
         return whole.index_add(-1, torch.tensor(self.groups_here, device=sums.device), sums)
 

@@ -37,9 +37,10 @@ class Partial:
 
     def scaled(self, output: torch.Tensor, square_sums: torch.Tensor) -> torch.Tensor:
         """[B, L, D], the output, once both are summed over the ranks."""
+        factors = self.factors(square_sums)
         if output.dim() == 3:
-            output = output.unsqueeze(-2)
-        return (output * self.factors(square_sums).unsqueeze(-1)).sum(-2).to(output.dtype)
+            return (output * factors).to(output.dtype)
+        return (output * factors.unsqueeze(-1)).sum(-2).to(output.dtype)
 
 
 def reduce_partials(partials: Sequence[Partial], reduction: Reduction, site: Site) -> torch.Tensor:

@@ -108,11 +108,7 @@ class Attention(nn.Module):
         if state is not None:
             k, v = self._remembered(k, v, state, positions)
         mask, is_causal = _mask(positions, k.shape[1], q.device)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.config.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return attended.transpose(1, 2)
+        return _attend(q, k, v, mask, is_causal, self.config.scale)
 
     def _remembered(self, k, v, state: LayerState, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what is new; the keys and values of all tokens so far, [B, longest, heads, P]."""
@@ -149,3 +145,15 @@ def _mask(positions: torch.Tensor, total: int, device: torch.device) -> tuple[to
         return None, False
     reads = torch.arange(total) <= positions.unsqueeze(-1)  # [B, L, total]
     return reads.unsqueeze(1).to(device), False
+
+
+def _attend(q, k, v, mask: torch.Tensor | None, is_causal: bool, scale: float) -> torch.Tensor:
+    """[B, L, heads, P] of queries [B, L, heads, P], keys and values [B, total, key-value heads, P]."""
+    queries, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    grouped = q.shape[1] == 1 and q.shape[2] != k.shape[1]
+    if grouped:  # the one query of each head in a group is one of several queries on the group's keys
+        queries = queries.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    out = F.scaled_dot_product_attention(
+        queries, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=queries.shape[1] != k.shape[1]
+    )
+    return out.reshape(q.shape) if grouped else out.transpose(1, 2)
