@@ -9,6 +9,7 @@ import torch
 
 import ssm_kernels
 from deepspeed_inference.config import InferenceConfig
+from deepspeed_inference.freed_memory import keep_freed_memory
 from megatron_ssm.collectives import ParallelGroups, Reduction, init_groups, make_reduction
 
 
@@ -42,6 +43,8 @@ class Placement:
         threads = options.threads or (_fair_threads(groups) if group is None and device.type == "cpu" else None)
         if threads is not None:
             torch.set_num_threads(threads)
+        if group is None and device.type == "cpu":
+            keep_freed_memory()
         ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
         reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
         if reduction.size > 1:
