@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+import ssm_kernels
 from megatron_ssm.collectives import Reduction, Site
 
 
@@ -39,7 +40,7 @@ class Partial:
         """[B, L, D], the output, once both are summed over the ranks."""
         factors = self.factors(square_sums)
         if output.dim() == 3:
-            return (output * factors).to(output.dtype)
+            return ssm_kernels.scale_rows(output, factors)
         return (output * factors.unsqueeze(-1)).sum(-2).to(output.dtype)
 
 

@@ -9,6 +9,7 @@ from ssm_kernels.dispatch import backend_report, use_backend
 from ssm_kernels.gated_rms_norm import gated_product, gated_rms_norm
 from ssm_kernels.linear import linear
 from ssm_kernels.rms_norm import rms_norm
+from ssm_kernels.scale_rows import scale_rows
 from ssm_kernels.selective_scan import selective_scan, selective_state_update
 from ssm_kernels.ssd_scan import ssd_scan, ssd_state_update
 
@@ -20,6 +21,7 @@ __all__ = [
     "gated_rms_norm",
     "linear",
     "rms_norm",
+    "scale_rows",
     "selective_scan",
     "selective_state_update",
     "ssd_scan",

@@ -124,6 +124,7 @@ def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
         ),
         "gated_rms_norm": lambda: ssm_kernels.gated_rms_norm(x, x),
         "gated_product": lambda: ssm_kernels.gated_product(x, x),
+        "scale_rows": lambda: ssm_kernels.scale_rows(x, x[..., 0]),
     }
     for op, call in calls.items():
         monkeypatch.setattr(dispatch, "_warned", False)

@@ -16,6 +16,7 @@ from ssm_kernels import (
     gated_product,
     gated_rms_norm,
     rms_norm,
+    scale_rows,
     selective_scan,
     selective_state_update,
     ssd_scan,
@@ -108,6 +109,7 @@ def every_op(dtype):
         "ssd_state_update all": partial(in_place, ssd_state_update, "state", ssd_states[:3], **one_token(ssd)),
         "gated_rms_norm": with_gradients(gated_rms_norm, gated, groups=GROUPS),
         "gated_product": with_gradients(gated_product, gated, groups=GROUPS, norm_before_gate=True),
+        "scale_rows": with_gradients(scale_rows, {"x": x, "scale": torch.randn(1, LENGTH)}),
     }
 
 

@@ -27,6 +27,7 @@ SOURCES = (
     "rms_norm.cpp",
     "gated_rms_norm.cpp",
     "linear.cpp",
+    "scale_rows.cpp",
 )
 HEADERS = ("vector.h", "rows.h", "matrix.h", "selective_scan.h", "ssd_scan.h")
 ENTRY_POINTS = (
@@ -41,6 +42,7 @@ ENTRY_POINTS = (
     "gated_rms_norm_forward",
     "gated_rms_norm_backward",
     "linear_forward",
+    "scale_rows_forward",
 )
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
