@@ -42,6 +42,24 @@ def test_large_enough_for_all_threads(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "features"), [(130, 1001), (768, 177), (512, 700)])
+def test_no_output_depends_on_the_threads_or_on_the_other_rows(width, features, dtype):
+    x, weight, bias = _inputs(7, width, features, dtype, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = torch.cat([cpu.forward(row[None], weight, bias) for row in x])
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in range(1, 8):
+                found = cpu.forward(x[:rows], weight, bias)
+                assert torch.equal(found, expected[:rows]), f"{rows} rows on {count} threads"
+    finally:
+        torch.set_num_threads(threads)
+    _check(x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_wider_tensor_and_any_leading_dimensions(dtype):
     x, weight, _ = _inputs(6, 40, 20, dtype)
     wide = torch.full((6, 90), float("nan"), dtype=dtype)

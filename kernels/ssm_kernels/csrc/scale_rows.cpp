@@ -1,5 +1,4 @@
-// out = x * scale, one number a row. Lanes are 16 neighbouring features of one row, which the first cache holds in fp32
-// between its conversions.
+// out = x * scale, one number a row. Lanes are 16 neighbouring features of one row.
 
 #include "matrix.h"
 
@@ -12,13 +11,20 @@ struct ScaleArguments {
   int64_t rows, width, threads;
 };
 
+template <class Element>
 void scale_range(const ScaleArguments& args, int64_t first, int64_t last) {
-  Buffer buffer(args.width);
-  float* values = buffer.get();
+  const int64_t whole = args.width / kLanes * kLanes;
+  const int rest = static_cast<int>(args.width - whole);
   for (int64_t row = first; row < last; ++row) {
-    args.x.load(row, 0, args.width, values);
-    for (int64_t i = 0; i < args.width; i += kLanes) store(values + i, load(values + i) * args.scale[row]);
-    args.out.store(row, 0, args.width, values);
+    const Element* x = reinterpret_cast<const Element*>(args.x.at(row, 0));
+    Element* out = reinterpret_cast<Element*>(args.out.at(row, 0));
+    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(x + i) * args.scale[row]);
+    if (rest) {
+      float values[kLanes];
+      load_row(x + whole, rest, values);
+      store(values, load(values) * args.scale[row]);
+      store_row(out + whole, rest, values);
+    }
   }
 }
 
@@ -26,7 +32,8 @@ void scale_range(const ScaleArguments& args, int64_t first, int64_t last) {
 
 extern "C" int64_t scale_rows_forward(const void* packed) {
   const ScaleArguments& args = *static_cast<const ScaleArguments*>(packed);
+  const auto scale = args.x.is_bf16 ? scale_range<uint16_t> : scale_range<float>;
   for_row_ranges(args.rows, args.width, args.threads,
-                 [&](int64_t first, int64_t last, int64_t) { scale_range(args, first, last); });
+                 [&](int64_t first, int64_t last, int64_t) { scale(args, first, last); });
   return 0;
 }
