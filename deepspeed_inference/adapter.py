@@ -66,7 +66,8 @@ class HFBackbone(Stack):
         cache_params: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_,
+        position_ids: torch.Tensor | None = None,
+        **others,
     ) -> BackboneOutput:
         """Run the layers and the final norm; where the mask is 0 the residual stream passes unchanged.
 
@@ -77,10 +78,15 @@ class HFBackbone(Stack):
             past_key_values, cache_params: our context, a transformers cache, or none.
             use_cache: make a context if there is none; the config's answer if left out.
             output_hidden_states: keep the stream before each layer; the config's answer if left out.
+            position_ids: [B, L]; not used, a token's position follows from the mask and the cache.
+            others: what transformers passes on besides; what would change the answer is refused.
 
         Raises:
-            ValueError: the inputs contradict each other, or do not fit the cache.
+            ValueError: the inputs contradict each other, do not fit the cache, or ask for what is not supported.
         """
+        _refuse(position_ids, others)
+        if self.training and getattr(self.config, "attention_dropout", 0):
+            raise ValueError(f"attention_dropout: expected 0 in training, found {self.config.attention_dropout}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         cache = cache_params if past_key_values is None else past_key_values
@@ -89,7 +95,7 @@ class HFBackbone(Stack):
             use_cache = not self.training and getattr(self.config, "use_cache", False)
         if cache is None and use_cache:
             cache = self.new_context(embeddings.shape[0])
-        packing = _packing(attention_mask, embeddings.shape[1])
+        packing = _packing(attention_mask, embeddings)
         streams = None
         if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
             streams = []
@@ -134,10 +140,27 @@ class HFBackbone(Stack):
         return unpacked(residual + hidden)
 
 
-def _packing(attention_mask: torch.Tensor | None, length: int) -> Packing | None:
+def _refuse(position_ids: torch.Tensor | None, others: dict) -> None:
+    """Raise ValueError for arguments of transformers' backbones that would be ignored and change the answer."""
+    wrong = [name for name in ("output_attentions", "output_router_logits") if others.get(name)]
+    wrong += [name for name in others if others[name] is not None and name.startswith(("seq_idx", "cu_seq_lens"))]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected none, found {others[wrong[0]]!r}; it is not supported")
+    if position_ids is not None and position_ids.shape[-1] > 1 and (position_ids.diff(dim=-1) < 0).any():
+        raise ValueError("position_ids: expected them to rise in each row; sequences in one row are not kept apart")
+
+
+def _packing(attention_mask: torch.Tensor | None, embeddings: torch.Tensor) -> Packing | None:
     if attention_mask is None:
         return None
+    rows, length = embeddings.shape[:2]
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         raise ValueError("attention_mask: expected [B, L], 0 where a token is padding")
+    if attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask: expected {rows} rows of at least {length}, found {list(attention_mask.shape)}"
+        )
     mask = attention_mask[:, -length:].bool()
+    if not mask.any():
+        raise ValueError("attention_mask: expected at least one token in the batch, found only padding")
     return None if mask.all() else Packing.from_mask(mask)

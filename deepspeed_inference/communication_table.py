@@ -36,6 +36,7 @@ def rows(
 
 
 def _cell(family: Family, config, size: int, tokens: int, dtype: torch.dtype) -> str:
+    family.check(config, 1)
     plan = family.plan(config)
     try:
         family.check(config, size)

@@ -74,7 +74,7 @@ class SSMInferenceContext(Cache):
             data = torch.zeros((len(layers), batch_size, *shape), dtype=kept, device=device)
             stores[name].append(_Store(data, layers, state.grows))
         self._layer_count = len(plan.layers)
-        self._adopt(stores, torch.zeros(batch_size, dtype=torch.int64))
+        self._adopt(stores, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
 
     def _adopt(self, stores: dict[str, list[_Store]] | None, positions: torch.Tensor) -> None:
         self._stores = stores
@@ -113,10 +113,10 @@ class SSMInferenceContext(Cache):
         if not growing or growing[0].data.shape[3] >= needed:
             return
         capacity = max(_FIRST_CAPACITY, needed, 2 * growing[0].data.shape[3])
-        for store in growing:
-            old = store.data
-            store.data = old.new_zeros((*old.shape[:3], capacity, *old.shape[4:]))
-            store.data[:, :, :, : old.shape[3]] = old
+        larger = [store.data.new_zeros((*store.data.shape[:3], capacity, *store.data.shape[4:])) for store in growing]
+        for store, data in zip(growing, larger, strict=True):
+            data[:, :, :, : store.data.shape[3]] = store.data
+            store.data = data
         self._hand_out()
 
     @torch.inference_mode(False)
@@ -180,13 +180,14 @@ class SSMInferenceContext(Cache):
             ValueError: `rows` is something else.
         """
         self.check_alive()
-        rows = torch.ones(self.batch_size, dtype=torch.bool) if rows is None else torch.as_tensor(rows).cpu()
+        rows = (
+            torch.ones(self.batch_size, dtype=torch.bool, device="cpu") if rows is None else torch.as_tensor(rows).cpu()
+        )
         if rows.dtype is not torch.bool or rows.shape != (self.batch_size,):
             raise ValueError(f"reset: expected {self.batch_size} booleans, found {rows.tolist()}")
         for stores in self._stores.values():
             for store in stores:
-                if not store.grows:  # of keys and values, only those that positions count are ever read
-                    store.data[:, rows.to(store.data.device)] = 0
+                store.data[:, rows.to(store.data.device)] = 0
         self.positions = self.positions.masked_fill(rows, 0)
         self.advance(0)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.packing import Packing
@@ -30,7 +30,8 @@ def as_context(
         packing: of the batch that comes next.
 
     Raises:
-        ValueError: the cache has another number of rows, or has keys and values and the batch is padded.
+        ValueError: the cache has another number of rows or layers, is of a kind that is not supported, or has keys and
+            values and the batch is padded.
     """
     if cache is None or isinstance(cache, SSMInferenceContext):
         if cache is not None and cache.batch_size != rows:
@@ -38,6 +39,7 @@ def as_context(
         yield cache
         return
     context = backbone.new_context(rows)
+    _check(cache, context, rows)
     remembers_tokens = any(context.layer(index).keys is not None for index in range(len(cache.layers)))
     if remembers_tokens and packing is not None:
         raise ValueError(
@@ -52,6 +54,24 @@ def as_context(
     yield context
     for layer, index in zip(cache.layers, range(len(cache.layers)), strict=True):
         _write(layer, context.layer(index), seen, int(context.positions.max()))
+
+
+def _check(cache: Cache, context: SSMInferenceContext, rows: int) -> None:
+    """Raise ValueError for a cache that would forget: only those made as `DynamicCache(config=...)` are known."""
+    expected = "a DynamicCache(config=model.config), or a context of engine.new_context"
+    if len(cache.layers) != len(context.layers):
+        raise ValueError(
+            f"cache: expected {expected}, found {type(cache).__name__} of {len(cache.layers)} layers, "
+            f"the model has {len(context.layers)}"
+        )
+    for index, layer in enumerate(cache.layers):
+        state = context.layer(index)
+        keeps = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+        if (state.keys is not None and not keeps) or (state.conv is not None and not _has_recurrence(layer)):
+            raise ValueError(f"cache: expected {expected}, found {type(layer).__name__} for layer {index}")
+        for known in (getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values()):
+            if known is not None and known.numel() and known.shape[0] != rows:
+                raise ValueError(f"cache: expected {rows} rows, as the batch has, found {known.shape[0]}")
 
 
 def _tokens_seen(cache: Cache) -> int:

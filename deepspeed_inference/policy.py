@@ -15,8 +15,7 @@ from deepspeed_inference.adapter import HFBackbone
 from megatron_ssm.checkpoint import NamedSource, load_parameters
 from megatron_ssm.checkpoint.load import TensorSource
 from megatron_ssm.collectives import Reduction
-from megatron_ssm.families import Family
-from megatron_ssm.layout import ParameterLayout
+from megatron_ssm.families import Family, tables
 from megatron_ssm.linear import VocabParallelHead
 from megatron_ssm.pinned_dtype import PinnedDtype
 
@@ -81,12 +80,11 @@ def replace_modules(model: nn.Module, family: Family, *, reduction: Reduction, d
     """Put our modules in the places of the Hugging Face ones, their parameters on the meta device."""
     plan = family.plan(model.config)
     place = {"reduction": reduction, "dtype": dtype}
-    vocabulary = ParameterLayout(shape=(plan.vocab_size, plan.hidden_size), dim=0, pad=True)
     with torch.device("meta"):
         setattr(
             model, family.backbone, HFBackbone(getattr(model, family.backbone), model.config, plan, family, **place)
         )
-        setattr(model, family.head, PinnedHead(vocabulary, **place))
+        setattr(model, family.head, PinnedHead(tables.vocabulary(plan), **place))
     # transformers then leaves it to the backbone to make the cache: one of ours.
     model._supports_default_dynamic_cache = lambda: False
     left = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d))]

@@ -224,6 +224,8 @@ class MoEConfig:
     def __post_init__(self):
         _positive(self, "hidden_size", "experts", "experts_per_token", "expert_groups", "groups_per_token")
         _one_of(self, "routing", ROUTINGS)
+        assert not self.expert.bias and self.expert.gate_multiplier == 1.0 and self.expert.adapter_rank is None
+        assert not self.stacked or (self.expert.gated and len(self.expert.inputs) == 1)
         _divides(self, "expert_groups", "experts")
         selectable = self.groups_per_token * (self.experts // self.expert_groups)
         if self.experts_per_token > selectable or self.groups_per_token > self.expert_groups:

@@ -7,11 +7,10 @@ on how groups, heads and ranks lie, and, in one case, on how much there is to se
     after       one group spans all ranks: project the unscaled product, send its sum of squares along, scale after.
     by_group    several groups, some of which span ranks, few tokens: the same with one output a group; one collective.
     sums_first  the same with many tokens: G outputs would be too much; the sums of squares are reduced before the norm.
+                Also in fp16, whose range an unscaled product can leave.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,8 @@ def norm_way(config: Mamba2Config, ranks: int, tokens: int, dtype: torch.dtype) 
     """How so many ranks norm so many tokens together; the same on every rank."""
     if ranks == 1 or not (config.heads // ranks) % (config.heads // config.groups):
         return "local"
+    if dtype is torch.float16:  # whose range an unscaled product would leave
+        return "sums_first"
     if config.groups == 1:
         return "after"
     added = (config.groups - 1) * config.hidden_size * tokens * dtype.itemsize
@@ -71,7 +72,10 @@ class GatedNorm(nn.Module):
         way = norm_way(config, self.reduction.size, tokens, y.dtype)
         if way == "local":
             return Partial(out_proj(ssm_kernels.gated_rms_norm(y, z, self.weight, config.norm_eps, **shape)))
-        product, sums = ssm_kernels.gated_product(y, z, self.weight, **shape)
+        weight = self.weight
+        if y.dtype is torch.float16:
+            y, z, weight = y.float(), z.float(), weight.float()
+        product, sums = ssm_kernels.gated_product(y, z, weight, **shape)
         sums = self._by_group(sums)
         if way == "after":
             return Partial(out_proj(product), sums, self._factors)
@@ -79,7 +83,7 @@ class GatedNorm(nn.Module):
             return Partial(self._outputs_by_group(product, out_proj), sums, self._factors)
         factors = self._factors(self.reduction.reduce(sums, NORM_SUMS))[..., self.groups_here]
         runs = product.unflatten(-1, (len(self.groups_here), -1))
-        return Partial(out_proj((runs * factors.unsqueeze(-1)).to(product.dtype).flatten(-2)))
+        return Partial(out_proj((runs * factors.unsqueeze(-1)).to(self.weight.dtype).flatten(-2)))
 
     def _factors(self, square_sums: torch.Tensor) -> torch.Tensor:  # [..., G] -> [..., G]
         return torch.rsqrt(square_sums / self.group_width + self.config.norm_eps)
@@ -91,7 +95,7 @@ class GatedNorm(nn.Module):
         return whole.index_add(-1, torch.tensor(self.groups_here, device=sums.device), sums)
 
     def _outputs_by_group(self, product: torch.Tensor, out_proj: RowParallelLinear) -> torch.Tensor:
-        outputs: Mapping[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         columns = out_proj.weight.chunk(len(self.groups_here), dim=1)
         for group, run, weight in zip(self.groups_here, product.chunk(len(columns), dim=-1), columns, strict=True):
             output = F.linear(run, weight)

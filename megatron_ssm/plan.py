@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ssm.config import AttentionConfig, MLPConfig, PartConfig
+from megatron_ssm.config import AttentionConfig, MLPConfig, MoEConfig, PartConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,12 @@ class Layer:
 
     sublayers: tuple[Sublayer, ...]
     shared: SharedBlock | None = None
+
+    def __post_init__(self):
+        stateful = [type(part) for part in self.parts() if not isinstance(part, (MLPConfig, MoEConfig))]
+        mixers = len([kind for kind in stateful if kind is not AttentionConfig])
+        assert mixers <= 1 and len(stateful) - mixers <= 1, "a layer has one mixer and one attention state at most"
+        assert self.shared is None or len(self.sublayers) == 1, "what a shared block gives goes into one norm"
 
     def parts(self) -> Iterator[PartConfig]:
         """Everything in it that may leave a state."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_ssm.block import Block
 from megatron_ssm.collectives import Reduction
-from megatron_ssm.families import Family
+from megatron_ssm.families import Family, tables
 from megatron_ssm.families.family import layer_parameters, shared_parameters
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.linear import VocabParallelEmbedding
@@ -36,8 +36,7 @@ class Stack(PinnedDtype):
     def __init__(self, plan: ModelPlan, family: Family, *, reduction: Reduction, dtype: torch.dtype):
         super().__init__()
         self.plan = plan
-        vocabulary = ParameterLayout(shape=(plan.vocab_size, plan.hidden_size), dim=0, pad=True)
-        embedding = VocabParallelEmbedding(vocabulary, reduction=reduction, dtype=dtype)
+        embedding = VocabParallelEmbedding(tables.vocabulary(plan), reduction=reduction, dtype=dtype)
         norm = RMSNorm(ParameterLayout(shape=(plan.hidden_size,)), eps=plan.norm_eps, dtype=dtype)
         self.add_module(family.embedding, embedding)
         shared = _shared_blocks(plan, reduction=reduction, dtype=dtype)

@@ -85,8 +85,8 @@ def _within(part: PartConfig, ranks: int, tokens: int, dtype: torch.dtype) -> li
 
 
 def _output(sublayer: Sublayer, hidden_size: int, ranks: int, tokens: int, dtype: torch.dtype) -> Collective:
-    ways = {part.config: _way(part.config, ranks, tokens, dtype) for part in sublayer.parts}
-    scaled = [config for config, way in ways.items() if way in ("after", "by_group")]
+    configs = [part.config for part in sublayer.parts]
+    scaled = [config for config in configs if _way(config, ranks, tokens, dtype) in ("after", "by_group")]
     groups = sum(config.groups for config in scaled)
     plain = len(scaled) < len(sublayer.parts)
     return Collective(OUT_PROJ.name, (groups + plain) * hidden_size, groups)

@@ -52,7 +52,7 @@ class Family:
             config: the Hugging Face config.
         """
         plan = self.plan(config)
-        vocabulary = ParameterLayout(shape=(plan.vocab_size, plan.hidden_size), dim=0, pad=True)
+        vocabulary = tables.vocabulary(plan)
         table = {
             f"{self.prefix}{self.embedding}.weight": vocabulary,
             f"{self.prefix}{self.final_norm}.weight": ParameterLayout(shape=(plan.hidden_size,)),

@@ -13,6 +13,7 @@ from functools import singledispatch
 
 from megatron_ssm.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
 from megatron_ssm.layout import ParameterLayout, Segment
+from megatron_ssm.plan import ModelPlan
 
 Table = dict[str, ParameterLayout]
 
@@ -34,6 +35,11 @@ class StateLayout:
 def parameters(config) -> Table:
     """The table of one part, by the names below it on disk."""
     raise TypeError(f"no table for {type(config).__name__}")
+
+
+def vocabulary(plan: ModelPlan) -> ParameterLayout:
+    """The layout of the embedding, and of the head: any number of ranks shares the ids."""
+    return ParameterLayout(shape=(plan.vocab_size, plan.hidden_size), dim=0, pad=True)
 
 
 @singledispatch

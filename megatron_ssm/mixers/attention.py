@@ -101,10 +101,9 @@ class Attention(nn.Module):
     def _rows(self, q, k, v, state: LayerState | None) -> torch.Tensor:
         """[B, L, heads, P] of B sequences of the same length, each behind its own past."""
         rows, length = q.shape[:2]
-        past = torch.zeros(rows, dtype=torch.int64) if state is None else state.positions[state.slots(rows).cpu()]
-        positions = past.unsqueeze(1) + torch.arange(length)  # [B, L]
+        positions = _past(rows, state).unsqueeze(1) + torch.arange(length, device="cpu")  # [B, L]
         if self.rotary is not None:
-            q, k = self.rotary.turn(q, positions), self.rotary.turn(k, positions)
+            q, k = self.rotary.turn(positions, q, k)
         if state is not None:
             k, v = self._remembered(k, v, state, positions)
         mask, is_causal = _mask(positions, k.shape[1], q.device)
@@ -136,6 +135,13 @@ class Attention(nn.Module):
         return tuple(remembered)
 
 
+def _past(rows: int, state: LayerState | None) -> torch.Tensor:
+    """[B] int64 on the CPU, how many tokens each sequence has behind it."""
+    if state is None:
+        return torch.zeros(rows, dtype=torch.int64, device="cpu")
+    return state.positions[:rows] if state.indices is None else state.positions[state.indices.cpu()]
+
+
 def _mask(positions: torch.Tensor, total: int, device: torch.device) -> tuple[torch.Tensor | None, bool]:
     """Which of `total` keys each query reads: a mask [B, 1, L, total] or none, and whether plain causality is meant."""
     length = positions.shape[1]
@@ -143,7 +149,7 @@ def _mask(positions: torch.Tensor, total: int, device: torch.device) -> tuple[to
         return None, length > 1
     if length == 1 and bool((positions == total - 1).all()):
         return None, False
-    reads = torch.arange(total) <= positions.unsqueeze(-1)  # [B, L, total]
+    reads = torch.arange(total, device="cpu") <= positions.unsqueeze(-1)  # [B, L, total]
     return reads.unsqueeze(1).to(device), False
 
 

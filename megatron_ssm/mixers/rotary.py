@@ -21,19 +21,22 @@ class Rotary:
         self.config = config
         self._table: torch.Tensor | None = None  # [positions, 2, F] fp32: cosines and sines
 
-    def turn(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[B, L, heads, P] turned.
+    def turn(self, positions: torch.Tensor, *several: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors [B, L, heads, P] turned.
 
         Args:
-            heads: queries or keys.
             positions: [B, L] int64 on the CPU.
+            several: queries, keys.
         """
-        table = self._rows(int(positions.max()) + 1)[positions].to(heads.device, heads.dtype)
-        cosine, sine = table.unsqueeze(2).unbind(3)  # [B, L, 1, F]
         pairs = len(self.config.frequencies)
-        first, second = heads[..., :pairs], heads[..., pairs : 2 * pairs]
-        turned = first * cosine - second * sine, second * cosine + first * sine
-        return torch.cat([*turned, heads[..., 2 * pairs :]], dim=-1)
+        table = self._rows(int(positions.max()) + 1)[positions].to(several[0].device, several[0].dtype)
+        cosine, sine = table.unsqueeze(2).unbind(3)  # [B, L, 1, F]
+        turned = []
+        for heads in several:
+            first, second = heads[..., :pairs], heads[..., pairs : 2 * pairs]
+            around = first * cosine - second * sine, second * cosine + first * sine
+            turned.append(torch.cat([*around, heads[..., 2 * pairs :]], dim=-1))
+        return turned
 
     def _rows(self, count: int) -> torch.Tensor:
         if self._table is None or len(self._table) < count:
