@@ -142,7 +142,7 @@ class SSMInferenceContext(Cache):
             ValueError: an index is out of range.
         """
         self.check_alive()
-        rows = torch.as_tensor(index).cpu()
+        rows = torch.as_tensor(index, device="cpu")
         is_list = rows.dim() == 1 and rows.numel() > 0 and not rows.is_floating_point()
         if not is_list or rows.min() < 0 or rows.max() >= self.batch_size:
             raise ValueError(f"reorder: expected row indices in 0..{self.batch_size - 1}, found {rows.tolist()}")
@@ -180,9 +180,7 @@ class SSMInferenceContext(Cache):
             ValueError: `rows` is something else.
         """
         self.check_alive()
-        rows = (
-            torch.ones(self.batch_size, dtype=torch.bool, device="cpu") if rows is None else torch.as_tensor(rows).cpu()
-        )
+        rows = torch.as_tensor([True] * self.batch_size if rows is None else rows, device="cpu")
         if rows.dtype is not torch.bool or rows.shape != (self.batch_size,):
             raise ValueError(f"reset: expected {self.batch_size} booleans, found {rows.tolist()}")
         for stores in self._stores.values():

@@ -354,7 +354,7 @@ def _dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_lengths(lengths, rows: int, width: int) -> torch.Tensor:
-    lengths = torch.as_tensor(lengths).cpu()
+    lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.is_floating_point() or lengths.is_complex():
         raise ValueError(f"lengths: expected integers, found {lengths.dtype}")
     lengths = lengths.to(torch.int64)

@@ -6,7 +6,7 @@ pass could cut. What a family's modules are called is in its table; the cut is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from megatron_ssm.checkpoint import NamedSource, load_parameters
 from megatron_ssm.checkpoint.load import TensorSource
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.families import Family, tables
+from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.linear import VocabParallelHead
 from megatron_ssm.pinned_dtype import PinnedDtype
 
@@ -60,7 +61,9 @@ def inject(
             table[head] = table[f"{family.prefix}{family.embedding}.weight"]
         replace_modules(model, family, reduction=reduction, dtype=dtype)
         in_memory = {family.in_memory(name): layout for name, layout in table.items()}
-        named = NamedSource(source, {family.in_memory(name): name for name in table}, family.ignored)
+        stored, repeated = _where_stored(table, family.also_stored_as(config), source)
+        names = {family.in_memory(name): stored[name] for name in table}
+        named = NamedSource(source, names, (*family.ignored, *repeated))
         place = {"rank": reduction.rank, "ranks": reduction.size, "device": device}
         load_parameters(model, in_memory, named, **place, progress=progress)
         return head not in table or _same_weights(model, family)
@@ -69,6 +72,30 @@ def inject(
     if family.plan(config).tied and all(same):
         head_module(model, family).weight = backbone_module(model, family).embedding.weight
     model.requires_grad_(False)
+
+
+def _where_stored(
+    table: Mapping[str, ParameterLayout], elsewhere: Mapping[str, tuple[str, ...]], source: TensorSource
+) -> tuple[dict[str, str], list[str]]:
+    """Under which name each parameter is stored, and the names that repeat one that layers share.
+
+    Raises:
+        ValueError: what layers share is stored more than once, and differently.
+    """
+    shapes, stored, repeated = source.shapes(), {name: name for name in table}, []
+    for name, others in elsewhere.items():
+        present = [candidate for candidate in (name, *others) if candidate in shapes]
+        if not present:
+            continue
+        stored[name] = present[0]
+        whole = tuple(slice(0, size) for size in shapes[present[0]])
+        for other in present[1:]:
+            if shapes[other] != shapes[stored[name]] or not torch.equal(
+                source.read(other, whole), source.read(stored[name], whole)
+            ):
+                raise ValueError(f"{source.where(other)}: tensor {other}: expected the values of {present[0]}, as tied")
+            repeated.append(other)
+    return stored, repeated
 
 
 def _same_weights(model: nn.Module, family: Family) -> bool:
@@ -85,6 +112,7 @@ def replace_modules(model: nn.Module, family: Family, *, reduction: Reduction, d
             model, family.backbone, HFBackbone(getattr(model, family.backbone), model.config, plan, family, **place)
         )
         setattr(model, family.head, PinnedHead(tables.vocabulary(plan), **place))
+    model.train(model.training)  # ours too
     # transformers then leaves it to the backbone to make the cache: one of ours.
     model._supports_default_dynamic_cache = lambda: False
     left = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d))]

@@ -46,9 +46,15 @@ def read_config(directory: Path):
         raise ValueError(f"{file}: expected keys and values, found {type(stored).__name__}")
     family = family_of(_Names(stored))
     try:
-        return AutoConfig.from_pretrained(directory), family
-    except Exception as error:  # transformers raises many kinds; all of them mean this file
+        if family.check_stored is not None:
+            family.check_stored(stored)
+        config = AutoConfig.from_pretrained(directory)
+        family.plan(config)
+        return config, family
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    except Exception as error:  # transformers raises many kinds; all of them mean this file
+        raise ValueError(f"{file}: a field has an impossible value: {type(error).__name__}: {error}") from error
 
 
 def empty_model(config, family: Family, directory: Path) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MIXER_ACTIVATIONS = ("silu",)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 DT_B_C_NORMS = ("none", "weightless", "learned")
 ROUTINGS = ("softmax_then_top_k", "top_k_then_softmax", "sigmoid_with_groups")
@@ -47,7 +48,7 @@ def _convolution(config) -> None:
         raise ValueError(
             f"{type(config).__name__}.conv_width: expected an integer of at least 2, found {config.conv_width!r}"
         )
-    _one_of(config, "activation", ("silu",))
+    _one_of(config, "activation", MIXER_ACTIVATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

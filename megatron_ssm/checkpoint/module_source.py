@@ -52,7 +52,7 @@ class NamedSource:
     Args:
         source: what to read.
         on_disk: name here -> name there. A name there that is not among them keeps its name.
-        ignored: beginnings of names there that are left out.
+        ignored: parts of names there that are left out.
     """
 
     def __init__(self, source: TensorSource, on_disk: Mapping[str, str], ignored: tuple[str, ...] = ()):
@@ -62,7 +62,9 @@ class NamedSource:
         """Shape of every tensor, by its name here."""
         here = {there: name for name, there in self._on_disk.items()}
         shapes = self._source.shapes().items()
-        return {here.get(name, name): shape for name, shape in shapes if not name.startswith(self._ignored)}
+        return {
+            here.get(name, name): shape for name, shape in shapes if not any(part in name for part in self._ignored)
+        }
 
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """A part of the tensor."""

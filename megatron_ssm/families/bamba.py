@@ -3,9 +3,9 @@ every layer. Half of each attention head's dimensions turn with the position."""
 
 from __future__ import annotations
 
-from megatron_ssm.config import AttentionConfig, Mamba2Config, MLPConfig
+from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba2Config, MLPConfig
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation, refuse, rotary
+from megatron_ssm.families.from_config import activation, refuse, rotary, step_size_limit
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
 
 
@@ -21,9 +21,9 @@ def mixer(config) -> Mamba2Config:
         projection_bias=config.mamba_proj_bias,
         output_bias=config.mamba_proj_bias,
         conv_bias=config.mamba_conv_bias,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act", MIXER_ACTIVATIONS),
         norm_eps=config.rms_norm_eps,
-        dt_limit=tuple(config.time_step_limit),
+        dt_limit=step_size_limit(config),
     )
 
 
@@ -49,7 +49,7 @@ def plan(config) -> ModelPlan:
     feed_forward = MLPConfig(
         hidden_size=config.hidden_size,
         inner_size=config.intermediate_size,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act"),
         bias=config.mlp_bias,
     )
     outside = [index for index in config.attn_layer_indices or () if not 0 <= index < config.num_hidden_layers]

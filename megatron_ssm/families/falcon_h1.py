@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_ssm.config import AttentionConfig, MLPConfig
 from megatron_ssm.families.bamba import head_size, mixer
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation, rotary
+from megatron_ssm.families.from_config import activation, refuse, rotary
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
 
 
@@ -33,11 +33,13 @@ def plan(config) -> ModelPlan:
         rotary=rotary(config, size),
         key_multiplier=config.key_multiplier,
     )
+    if len(config.mlp_multipliers) != 2:
+        refuse(config, "mlp_multipliers", "two numbers, of the gate and of the output", "one of them would be missing")
     gate_multiplier, down_multiplier = config.mlp_multipliers
     feed_forward = MLPConfig(
         hidden_size=config.hidden_size,
         inner_size=config.intermediate_size,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act"),
         bias=config.mlp_bias,
         gate_multiplier=gate_multiplier,
     )

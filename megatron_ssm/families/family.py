@@ -26,7 +26,8 @@ class Family:
         embedding, final_norm, head: names on disk of what is around the layers; the first two below the backbone.
         on_disk: what the backbone is called on disk, where that differs.
         renames: other names on disk -> the name in the table.
-        ignored: beginnings of names on disk that the model does not have, as transformers does not.
+        ignored: parts of names on disk that the model does not have, as transformers does not.
+        check_stored: raises ValueError for what config.json itself may say wrongly, before transformers reads it.
     """
 
     model_type: str
@@ -38,7 +39,8 @@ class Family:
     head: str = "lm_head"
     on_disk: str | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    check_stored: Callable[[Mapping[str, object]], None] | None = None
 
     @property
     def prefix(self) -> str:
@@ -67,6 +69,17 @@ class Family:
     def in_memory(self, name: str) -> str:
         """The name, within the Hugging Face model, of what is called so on disk."""
         return f"{self.backbone}.{name.removeprefix(self.prefix)}" if name.startswith(self.prefix) else name
+
+    def also_stored_as(self, config) -> dict[str, tuple[str, ...]]:
+        """Where else a checkpoint may hold what layers share: name in the table -> the names below the other layers."""
+        layers = [layer.shared for layer in self.plan(config).layers]
+        found = {}
+        for owner in {shared.owner for shared in layers if shared is not None}:
+            others = [i for i, shared in enumerate(layers) if shared and shared.owner == owner and i != owner]
+            for name in shared_parameters(layers[owner]):
+                first, *rest = (f"{self.prefix}layers.{i}.{layers[owner].name}.{name}" for i in (owner, *others))
+                found[first] = tuple(rest)
+        return found
 
     def check(self, config, ranks: int) -> None:
         """Raise ValueError where the config asks for what is not supported, or so many ranks cannot share the model.

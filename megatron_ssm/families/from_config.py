@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NoReturn
 
-from megatron_ssm.config import RotaryConfig
+from megatron_ssm.config import ACTIVATIONS, RotaryConfig
 
 _ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _DYNAMIC_ROPE = ("dynamic", "longrope")  # their frequencies change with the length of the text
@@ -24,9 +24,21 @@ def refuse(config, field: str, expected: str, otherwise: str) -> NoReturn:
     raise ValueError(f"{config.model_type} config: {field}: expected {expected}, found {found!r}; ignored, {otherwise}")
 
 
-def activation(name: str) -> str:
-    """An activation function by the name that this project uses."""
-    return _ACTIVATIONS.get(name, name)
+def activation(config, field: str, known: tuple[str, ...] = ACTIVATIONS) -> str:
+    """An activation function that a config names, by the name that this project uses.
+
+    Raises:
+        ValueError: it is not one of those known.
+    """
+    name = _ACTIVATIONS.get(getattr(config, field), getattr(config, field))
+    if name not in known:
+        refuse(config, field, f"one of {', '.join(known)}", "another function would be applied")
+    return name
+
+
+def step_size_limit(config) -> tuple[float, float]:
+    """The limits of the step size that a config gives; none where it gives none."""
+    return (0.0, float("inf")) if config.time_step_limit is None else tuple(config.time_step_limit)
 
 
 def check_layer_types(config, field: str, found: Iterable[str], known: Iterable[str]) -> None:

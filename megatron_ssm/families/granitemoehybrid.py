@@ -30,7 +30,7 @@ def plan(config) -> ModelPlan:
         return MLPConfig(
             hidden_size=config.hidden_size,
             inner_size=inner,
-            activation=activation(config.hidden_act),
+            activation=activation(config, "hidden_act"),
             inputs=("input_linear",),
             output="output_linear",
         )

@@ -3,7 +3,7 @@ layer ends in a feed-forward part, in some a mixture of experts. Its attention k
 
 from __future__ import annotations
 
-from megatron_ssm.config import AttentionConfig, Mamba1Config, MLPConfig, MoEConfig
+from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba1Config, MLPConfig, MoEConfig
 from megatron_ssm.families.family import Family
 from megatron_ssm.families.from_config import activation
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
@@ -20,7 +20,7 @@ def plan(config) -> ModelPlan:
         dt_rank=config.mamba_dt_rank,
         projection_bias=config.mamba_proj_bias,
         conv_bias=config.mamba_conv_bias,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act", MIXER_ACTIVATIONS),
         dt_b_c_norm="learned",
         dt_b_c_norm_eps=config.rms_norm_eps,
     )
@@ -35,7 +35,7 @@ def plan(config) -> ModelPlan:
     dense = MLPConfig(
         hidden_size=config.hidden_size,
         inner_size=config.intermediate_size,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act"),
     )
 
     def feed_forward(experts: int) -> MLPConfig | MoEConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_ssm.config import Mamba1Config
+from megatron_ssm.config import MIXER_ACTIVATIONS, Mamba1Config
 from megatron_ssm.families.family import Family
 from megatron_ssm.families.from_config import activation
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
@@ -18,7 +18,7 @@ def mixer(config, **options) -> Mamba1Config:
         dt_rank=int(config.time_step_rank),
         projection_bias=config.use_bias,
         conv_bias=config.use_conv_bias,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act", MIXER_ACTIVATIONS),
         **options,
     )
 

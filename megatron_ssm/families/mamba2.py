@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_ssm.config import Mamba2Config
+from megatron_ssm.config import MIXER_ACTIVATIONS, Mamba2Config
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation
+from megatron_ssm.families.from_config import activation, step_size_limit
 from megatron_ssm.families.mamba import stack
 from megatron_ssm.plan import ModelPlan
 
@@ -21,9 +21,9 @@ def plan(config) -> ModelPlan:
         projection_bias=config.use_bias,
         output_bias=config.use_bias,
         conv_bias=config.use_conv_bias,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act", MIXER_ACTIVATIONS),
         norm_eps=config.layer_norm_epsilon,
-        dt_limit=tuple(config.time_step_limit),
+        dt_limit=step_size_limit(config),
     )
     return stack(config, mixer)
 

@@ -3,7 +3,9 @@ mixture of experts. Its feed-forward parts have no gate, its attention knows not
 
 from __future__ import annotations
 
-from megatron_ssm.config import AttentionConfig, Mamba2Config, MLPConfig, MoEConfig
+from collections.abc import Mapping
+
+from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba2Config, MLPConfig, MoEConfig
 from megatron_ssm.families.family import Family
 from megatron_ssm.families.from_config import activation, check_layer_types
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
@@ -21,7 +23,7 @@ def plan(config) -> ModelPlan:
         projection_bias=config.use_bias,
         output_bias=config.use_bias,
         conv_bias=config.use_conv_bias,
-        activation=activation(config.mamba_hidden_act),
+        activation=activation(config, "mamba_hidden_act", MIXER_ACTIVATIONS),
         norm_eps=config.layer_norm_epsilon,
         dt_limit=(config.time_step_min, float("inf")),  # transformers does not ask for time_step_limit
     )
@@ -38,7 +40,7 @@ def plan(config) -> ModelPlan:
         return MLPConfig(
             hidden_size=hidden,
             inner_size=inner,
-            activation=activation(config.mlp_hidden_act),
+            activation=activation(config, "mlp_hidden_act"),
             bias=bias,
             gated=False,
             inputs=("up_proj",),
@@ -84,6 +86,15 @@ def plan(config) -> ModelPlan:
     )
 
 
+def check_stored(stored: Mapping[str, object]) -> None:
+    """Raise ValueError for a letter of the layers' pattern that stands for no kind of layer."""
+    for field in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):
+        for index, letter in enumerate(stored.get(field) or ""):
+            if letter not in "M*-E":
+                found = f"found {letter!r} for layer {index}"
+                raise ValueError(f"nemotron_h config: {field}: expected M, *, - or E for each layer, {found}")
+
+
 FAMILY = Family(
     model_type="nemotron_h",
     architecture="NemotronHForCausalLM",
@@ -91,5 +102,6 @@ FAMILY = Family(
     embedding="embeddings",
     final_norm="norm_f",
     on_disk="backbone",
-    ignored=("mtp.", "backbone.mtp.", "model.mtp."),
+    ignored=("rotary_emb.inv_freq", "mtp."),
+    check_stored=check_stored,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_ssm.config import AttentionConfig, Mamba1Config, MLPConfig, PartConfig
+from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba1Config, MLPConfig, PartConfig
 from megatron_ssm.families.family import Family
 from megatron_ssm.families.from_config import activation, check_layer_count, check_layer_types
 from megatron_ssm.plan import Layer, ModelPlan, Part, SharedBlock, Sublayer
@@ -55,7 +55,7 @@ def plan(config) -> ModelPlan:
         heads=config.n_mamba_heads,
         projection_bias=config.mamba_proj_bias,
         conv_bias=config.mamba_conv_bias,
-        activation=activation(config.hidden_mamba_act),
+        activation=activation(config, "hidden_mamba_act", MIXER_ACTIVATIONS),
     )
     attention = AttentionConfig(
         input_size=config.attention_hidden_size,
@@ -68,7 +68,7 @@ def plan(config) -> ModelPlan:
     feed_forward = MLPConfig(
         hidden_size=config.hidden_size,
         inner_size=config.intermediate_size,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act"),
     )
     first = next((i for i, kind in enumerate(config.layers_block_type) if kind == "hybrid"), 0)
 

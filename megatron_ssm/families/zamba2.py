@@ -40,7 +40,7 @@ def plan(config) -> ModelPlan:
     feed_forward = MLPConfig(
         hidden_size=config.hidden_size,
         inner_size=config.intermediate_size,
-        activation=activation(config.hidden_act),
+        activation=activation(config, "hidden_act"),
         bias=config.add_bias_linear,
         inputs=("gate_up_proj",),
         adapter_rank=config.adapter_rank,

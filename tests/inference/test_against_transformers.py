@@ -159,6 +159,19 @@ def test_bf16_error_is_within_that_of_transformers(ranks, variant, size, seed):
         assert error <= 1.5 * expected["bf16_error"]
 
 
+def _fp16_logits(context, directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    with closing(_engine(context, directory, torch.float16)) as engine, torch.inference_mode():
+        return engine(ids).logits
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("variant", ["mamba2", "mamba2-groups2", "falcon_h1-norm-after-gate"])
+def test_fp16_norms_that_span_ranks_stay_in_range(ranks, variant, size):
+    expected = _expected(variant)["logits"]
+    for got in ranks(_fp16_logits, size, tiny_checkpoint(variant), _expected(variant)["ids"]):
+        assert (got.float() - expected).abs().mean() / expected.abs().max() < 2e-3
+
+
 def _of_an_instance(context, ids: torch.Tensor) -> torch.Tensor:
     from deepspeed_inference import init_inference
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import VARIANTS, random_ids, tiny_checkpoint, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from deepspeed_inference import init_inference
 
@@ -255,3 +255,67 @@ def test_ends_as_a_list_fill_with_the_first_of_them(engine):
 def test_a_batch_of_another_size_than_the_context_is_refused_through_transformers_too(engine):
     with pytest.raises(ValueError, match="expected 3 rows, as the context has, found 2"):
         engine.module(random_ids(2, 4), cache_params=engine.new_context(3))
+
+
+@pytest.fixture(scope="module")
+def jamba():
+    return init_inference(tiny_checkpoint("jamba"), dtype=torch.float32)
+
+
+def test_a_cache_of_transformers_that_would_forget_is_refused(jamba):
+    model, ids = jamba.module, random_ids(2, 3)
+    one_row = DynamicCache(config=model.config)
+    model(ids[:1], past_key_values=one_row)
+    for cache, message in (
+        (DynamicCache(), "expected a DynamicCache.config=model.config., .* found DynamicCache of 0 layers"),
+        (StaticCache(config=model.config, max_cache_len=16), "found StaticLayer for layer"),
+        (one_row, "cache: expected 2 rows, as the batch has, found 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, past_key_values=cache)
+
+
+def test_what_would_be_ignored_and_change_the_answer_is_refused(jamba):
+    backbone, ids = jamba.module.model, random_ids(2, 4)
+    for given, message in (
+        ({"output_attentions": True}, "output_attentions: expected none, found True"),
+        ({"output_router_logits": True}, "output_router_logits: expected none, found True"),
+        ({"seq_idx": torch.zeros(2, 4)}, "seq_idx: expected none"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "position_ids: expected them to rise in each row"),
+        ({"attention_mask": torch.ones(2, 3)}, r"expected 2 rows of at least 4, found \[2, 3\]"),
+        ({"attention_mask": torch.zeros(2, 4)}, "found only padding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backbone(ids, **given)
+    model = tiny_model("jamba", attention_dropout=0.1)
+    engine = init_inference(model, dtype=torch.float32)
+    engine.module(ids)
+    with pytest.raises(ValueError, match=r"attention_dropout: expected 0 in training, found 0.1"):
+        engine.module.train()(ids)
+
+
+def test_a_row_that_was_poisoned_is_well_after_a_reset(jamba):
+    ids, context = random_ids(2, 5), jamba.new_context(2)
+    jamba.prefill(ids, context)
+    for index in range(len(jamba.plan.layers)):
+        for name in ("conv", "ssm", "keys", "values"):
+            state = getattr(context.layer(index), name)
+            if state is not None:
+                state[0] = float("nan")
+    context.reset(torch.tensor([True, False]))
+    torch.testing.assert_close(
+        jamba.prefill(ids[:, :3], context)[:1], jamba.prefill(ids[:1, :3], jamba.new_context(1)), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("variant", ["mamba", "bamba"])
+def test_positions_stay_on_the_cpu_whatever_the_default_device(variant):
+    engine = init_inference(tiny_checkpoint(variant), dtype=torch.float32)
+    ids, lengths = random_ids(2, 6), torch.tensor([6, 4])
+    expected = engine.prefill(ids, engine.new_context(2), lengths=lengths)
+    with torch.device("meta"):
+        context = engine.new_context(2)
+        assert context.positions.is_cpu
+        context.reset()
+        got = engine.prefill(ids, context, lengths=lengths)
+    torch.testing.assert_close(got, expected)

@@ -3,19 +3,24 @@ one is one file."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from contextlib import closing
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_checkpoint, tiny_model
 from tiny_variants import ALL_VARIANTS, sizes
 
 from deepspeed_inference import init_inference
 from megatron_ssm import families as package
+from megatron_ssm.config import Mamba2Config
 from megatron_ssm.families import families, family_of
 from megatron_ssm.layout import ParameterLayout
+from megatron_ssm.plan import Layer, Part, Sublayer
 
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
@@ -47,9 +52,19 @@ REFUSED = {
         4,
         r"self_attn.q_proj.weight: .*divides 2 heads \(segment 'query heads', dimension 0\), found 4 ranks",
     ),
-    "Zamba's heads, neither way": ("zamba", {}, 5, r"divides 24 |divides 2 \(dimension 0\)|divides 48"),
-    "an activation": ("mamba2", {"hidden_act": "gelu"}, 1, "Mamba2Config.activation: expected 'silu', found 'gelu'"),
-    "a feed-forward activation": ("zamba", {"hidden_act": "tanh"}, 1, "MLPConfig.activation: .*found 'tanh'"),
+    "Zamba's heads, neither way": (
+        "zamba",
+        {},
+        5,
+        r"mamba.in_proj.weight: .*divides 48 \(segment 'x', dimension 0\), found 5",
+    ),
+    "an activation": (
+        "mamba2",
+        {"hidden_act": "gelu"},
+        1,
+        "mamba2 config: hidden_act: expected one of silu, found 'gelu'; ignored, another",
+    ),
+    "a feed-forward activation": ("zamba", {"hidden_act": "tanh"}, 1, "zamba config: hidden_act: .*found 'tanh'"),
     "a kind of layer": (
         "zamba",
         {"layers_block_type": ["linear_attention", "hybrid", "hybird", "hybrid", "linear_attention"]},
@@ -115,6 +130,61 @@ def test_every_rank_says_so_although_the_checkpoint_is_empty(ranks, tmp_path):
     (tmp_path / "config.json").write_text(config.replace('"hybrid"', '"hybird"'))
     for message in ranks(_refused, 2, tmp_path):
         assert "config.json: " in message and "'linear_attention'" in message and "'hybird'" in message
+
+
+FILES = {
+    "a letter of the pattern": (
+        "nemotron_h",
+        {"hybrid_override_pattern": "M-MX"},
+        "hybrid_override_pattern: expected M, .*found 'X' for layer 3",
+    ),
+    "too few multipliers": ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers: expected two numbers"),
+    "no heads": ("bamba", {"num_attention_heads": 0}, "a field has an impossible value: ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_wrong_config_file_is_named(tmp_path, case):
+    variant, changes, message = FILES[case]
+    tiny_model(variant).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=rf"config.json: .*{message}"):
+        init_inference(tmp_path, dtype=torch.float32)
+
+
+def test_no_limit_of_the_step_size_is_no_limit(tmp_path):
+    config = tiny_model("bamba").config
+    config.time_step_limit = None
+    assert family_of(config).plan(config).layers[0].sublayers[0].parts[0].config.dt_limit == (0.0, float("inf"))
+
+
+def test_a_shared_block_may_be_stored_with_any_layer_or_all_that_share_it(tmp_path):
+    ids, family = random_ids(1, 9), families()["zamba"]
+    source = tiny_checkpoint("zamba")
+    expected = init_inference(source, dtype=torch.float32)(ids).logits
+    tensors = load_file(source / "model.safetensors")
+    first, second = "layers.1.shared_transf", "layers.3.shared_transf"
+    assert set(family.also_stored_as(tiny_model("zamba").config)) == {name for name in tensors if first in name}
+    moved = {name.replace(first, second): tensor for name, tensor in tensors.items()}
+    wrong = {**moved, **tensors}
+    name = f"model.{first}.self_attn.q_proj.weight"
+    wrong[name] = wrong[name] + 1
+    for stored in (moved, {**moved, **tensors}, wrong):
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        save_file({name: t.clone() for name, t in stored.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+        if stored is wrong:
+            with pytest.raises(ValueError, match=r"q_proj.weight: expected the values of .*, as tied"):
+                init_inference(tmp_path, dtype=torch.float32)
+        else:
+            assert torch.equal(init_inference(tmp_path, dtype=torch.float32)(ids).logits, expected)
+
+
+def test_a_layer_keeps_one_state_of_a_kind():
+    mixer = Mamba2Config(hidden_size=8, heads=4, head_size=4, groups=2, state_size=4, conv_width=4)
+    sublayer = Sublayer(norm="norm", parts=(Part(name="mixer", config=mixer),))
+    with pytest.raises(AssertionError, match="one mixer and one attention state"):
+        Layer(sublayers=(sublayer, sublayer))
 
 
 MADE_UP = '''
