@@ -3,10 +3,17 @@ every layer. Half of each attention head's dimensions turn with the position."""
 
 from __future__ import annotations
 
-from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba2Config, MLPConfig
+from megatron_ssm.config import MIXER_ACTIVATIONS, Mamba2Config, MLPConfig
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation, refuse, rotary, step_size_limit
-from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
+from megatron_ssm.families.from_config import (
+    activation,
+    attention,
+    mixer_then_feed_forward,
+    refuse,
+    rotary,
+    step_size_limit,
+)
+from megatron_ssm.plan import Layer, ModelPlan, Part
 
 
 def mixer(config) -> Mamba2Config:
@@ -36,16 +43,8 @@ def plan(config) -> ModelPlan:
     """The plan of a transformers BambaConfig."""
     size = head_size(config)
     mamba = Part(name="mamba", config=mixer(config))
-    attention = AttentionConfig(
-        input_size=config.hidden_size,
-        output_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=size,
-        scale=size**-0.5,
-        bias=config.attention_bias,
-        rotary=rotary(config, size, config.rope_parameters.get("partial_rotary_factor", 1.0)),
-    )
+    turning = rotary(config, size, config.rope_parameters.get("partial_rotary_factor", 1.0))
+    its_attention = attention(config, size, bias=config.attention_bias, rotary=turning)
     feed_forward = MLPConfig(
         hidden_size=config.hidden_size,
         inner_size=config.intermediate_size,
@@ -57,14 +56,9 @@ def plan(config) -> ModelPlan:
         refuse(config, "attn_layer_indices", f"layers 0..{config.num_hidden_layers - 1}", "attention would be missing")
 
     def layer(kind: str) -> Layer:
-        first = mamba if kind == "linear_attention" else Part(name="self_attn", config=attention)
+        first = mamba if kind == "linear_attention" else Part(name="self_attn", config=its_attention)
         second = Part(name="feed_forward", config=feed_forward)
-        return Layer(
-            sublayers=(
-                Sublayer(norm="input_layernorm", parts=(first,)),
-                Sublayer(norm="pre_ff_layernorm", parts=(second,)),
-            )
-        )
+        return mixer_then_feed_forward((first,), (second,))
 
     return ModelPlan(
         hidden_size=config.hidden_size,

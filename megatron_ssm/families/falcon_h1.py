@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_ssm.config import AttentionConfig, MLPConfig
+from megatron_ssm.config import MLPConfig
 from megatron_ssm.families.bamba import head_size, mixer
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation, refuse, rotary
-from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
+from megatron_ssm.families.from_config import activation, attention, mixer_then_feed_forward, refuse, rotary
+from megatron_ssm.plan import ModelPlan, Part
 
 
 def plan(config) -> ModelPlan:
@@ -22,13 +22,9 @@ def plan(config) -> ModelPlan:
         norm_before_gate=config.mamba_norm_before_gate,
         input_multipliers=tuple(config.ssm_multipliers),
     )
-    attention = AttentionConfig(
-        input_size=config.hidden_size,
-        output_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=size,
-        scale=size**-0.5,
+    its_attention = attention(
+        config,
+        size,
         bias=config.attention_bias,
         rotary=rotary(config, size),
         key_multiplier=config.key_multiplier,
@@ -52,18 +48,13 @@ def plan(config) -> ModelPlan:
         ),
         Part(
             name="self_attn",
-            config=attention,
+            config=its_attention,
             input_multiplier=config.attention_in_multiplier,
             output_multiplier=config.attention_out_multiplier,
         ),
     )
     second = Part(name="feed_forward", config=feed_forward, output_multiplier=down_multiplier)
-    layer = Layer(
-        sublayers=(
-            Sublayer(norm="input_layernorm", parts=side_by_side),
-            Sublayer(norm="pre_ff_layernorm", parts=(second,)),
-        )
-    )
+    layer = mixer_then_feed_forward(side_by_side, (second,))
     return ModelPlan(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NoReturn
 
-from megatron_ssm.config import ACTIVATIONS, RotaryConfig
+from megatron_ssm.config import ACTIVATIONS, AttentionConfig, RotaryConfig
+from megatron_ssm.plan import Layer, Part, Sublayer
 
 _ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _DYNAMIC_ROPE = ("dynamic", "longrope")  # their frequencies change with the length of the text
@@ -34,6 +35,42 @@ def activation(config, field: str, known: tuple[str, ...] = ACTIVATIONS) -> str:
     if name not in known:
         refuse(config, field, f"one of {', '.join(known)}", "another function would be applied")
     return name
+
+
+def attention(config, head_size: int, **options) -> AttentionConfig:
+    """The attention of a config with the usual names; `options` are further fields, or others' values.
+
+    Args:
+        config: the Hugging Face config.
+        head_size: P.
+    """
+    usual = {
+        "input_size": config.hidden_size,
+        "output_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "key_value_heads": config.num_key_value_heads,
+        "head_size": head_size,
+        "scale": head_size**-0.5,
+    }
+    return AttentionConfig(**{**usual, **options})
+
+
+def mixer_then_feed_forward(
+    first: tuple[Part, ...], second: tuple[Part, ...], norm: str = "pre_ff_layernorm", multiplier: float = 1.0
+) -> Layer:
+    """A layer of two sublayers: mixers or attention, then feed-forward parts.
+
+    Args:
+        first, second: their parts.
+        norm: name of the second's norm; the first's is `input_layernorm`.
+        multiplier: of what each adds to the residual stream.
+    """
+    return Layer(
+        sublayers=(
+            Sublayer(norm="input_layernorm", parts=first, multiplier=multiplier),
+            Sublayer(norm=norm, parts=second, multiplier=multiplier),
+        )
+    )
 
 
 def step_size_limit(config) -> tuple[float, float]:

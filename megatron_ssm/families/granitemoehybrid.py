@@ -3,11 +3,19 @@ part that all tokens share, beside a mixture of experts where the model has one.
 
 from __future__ import annotations
 
-from megatron_ssm.config import AttentionConfig, MLPConfig, MoEConfig
+from megatron_ssm.config import MLPConfig, MoEConfig
 from megatron_ssm.families.bamba import head_size, mixer
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation, check_layer_count, check_layer_types, refuse, rotary
-from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
+from megatron_ssm.families.from_config import (
+    activation,
+    attention,
+    check_layer_count,
+    check_layer_types,
+    mixer_then_feed_forward,
+    refuse,
+    rotary,
+)
+from megatron_ssm.plan import Layer, ModelPlan, Part
 
 
 def plan(config) -> ModelPlan:
@@ -15,15 +23,9 @@ def plan(config) -> ModelPlan:
     size = head_size(config)
     if config.position_embedding_type not in (None, "rope", "nope"):
         refuse(config, "position_embedding_type", "None, nope or rope", "attention would not know the positions")
-    attention = AttentionConfig(
-        input_size=config.hidden_size,
-        output_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=size,
-        scale=config.attention_multiplier,
-        bias=config.attention_bias,
-        rotary=rotary(config, size) if config.position_embedding_type == "rope" else None,
+    turning = rotary(config, size) if config.position_embedding_type == "rope" else None
+    its_attention = attention(
+        config, size, scale=config.attention_multiplier, bias=config.attention_bias, rotary=turning
     )
 
     def feed_forward(inner: int) -> MLPConfig:
@@ -50,14 +52,8 @@ def plan(config) -> ModelPlan:
 
     def layer(kind: str) -> Layer:
         mamba = Part(name="mamba", config=mixer(config))
-        first = mamba if kind == "linear_attention" else Part(name="self_attn", config=attention)
-        multiplier = config.residual_multiplier
-        return Layer(
-            sublayers=(
-                Sublayer(norm="input_layernorm", parts=(first,), multiplier=multiplier),
-                Sublayer(norm="post_attention_layernorm", parts=second, multiplier=multiplier),
-            )
-        )
+        first = mamba if kind == "linear_attention" else Part(name="self_attn", config=its_attention)
+        return mixer_then_feed_forward((first,), second, "post_attention_layernorm", config.residual_multiplier)
 
     check_layer_types(config, "layer_types", config.layer_types, ("linear_attention", "full_attention"))
     check_layer_count(config, "layer_types", len(config.layer_types))

@@ -3,10 +3,10 @@ layer ends in a feed-forward part, in some a mixture of experts. Its attention k
 
 from __future__ import annotations
 
-from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba1Config, MLPConfig, MoEConfig
+from megatron_ssm.config import MIXER_ACTIVATIONS, Mamba1Config, MLPConfig, MoEConfig
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation
-from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
+from megatron_ssm.families.from_config import activation, attention, mixer_then_feed_forward
+from megatron_ssm.plan import Layer, ModelPlan, Part
 
 
 def plan(config) -> ModelPlan:
@@ -23,14 +23,6 @@ def plan(config) -> ModelPlan:
         activation=activation(config, "hidden_act", MIXER_ACTIVATIONS),
         dt_b_c_norm="learned",
         dt_b_c_norm_eps=config.rms_norm_eps,
-    )
-    attention = AttentionConfig(
-        input_size=config.hidden_size,
-        output_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=size,
-        scale=size**-0.5,
     )
     dense = MLPConfig(
         hidden_size=config.hidden_size,
@@ -51,14 +43,13 @@ def plan(config) -> ModelPlan:
         )
 
     def layer(kind: str, experts: int) -> Layer:
-        first = Part(name="mamba", config=mixer) if kind == "mamba" else Part(name="self_attn", config=attention)
-        second = Part(name="feed_forward", config=feed_forward(experts))
-        return Layer(
-            sublayers=(
-                Sublayer(norm="input_layernorm", parts=(first,)),
-                Sublayer(norm="pre_ff_layernorm", parts=(second,)),
-            )
+        first = (
+            Part(name="mamba", config=mixer)
+            if kind == "mamba"
+            else Part(name="self_attn", config=attention(config, size))
         )
+        second = Part(name="feed_forward", config=feed_forward(experts))
+        return mixer_then_feed_forward((first,), (second,))
 
     return ModelPlan(
         hidden_size=config.hidden_size,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_ssm.config import MIXER_ACTIVATIONS, AttentionConfig, Mamba2Config, MLPConfig, MoEConfig
+from megatron_ssm.config import MIXER_ACTIVATIONS, Mamba2Config, MLPConfig, MoEConfig
 from megatron_ssm.families.family import Family
-from megatron_ssm.families.from_config import activation, check_layer_types
+from megatron_ssm.families.from_config import activation, attention, check_layer_types
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
 
 
@@ -26,14 +26,6 @@ def plan(config) -> ModelPlan:
         activation=activation(config, "mamba_hidden_act", MIXER_ACTIVATIONS),
         norm_eps=config.layer_norm_epsilon,
         dt_limit=(config.time_step_min, float("inf")),  # transformers does not ask for time_step_limit
-    )
-    attention = AttentionConfig(
-        input_size=config.hidden_size,
-        output_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
-        scale=config.head_dim**-0.5,
     )
 
     def feed_forward(hidden: int, inner: int, bias: bool) -> MLPConfig:
@@ -66,7 +58,7 @@ def plan(config) -> ModelPlan:
         if kind == "linear_attention":
             return (Part(name="mixer", config=mixer),)
         if kind == "full_attention":
-            return (Part(name="mixer", config=attention),)
+            return (Part(name="mixer", config=attention(config, config.head_dim)),)
         if kind == "mlp":
             return (
                 Part(name="mixer", config=feed_forward(config.hidden_size, config.intermediate_size, config.mlp_bias)),

@@ -43,6 +43,8 @@ class MoE(nn.Module):
         self.reduction = reduction
         attach(self, config.router, _Router(config, dtype))
         if config.stacked:
+            pieces = table[f"{config.expert.inputs[0]}.weight"].local_segments(reduction.size).values()
+            self._gate_and_up = [piece.stop - piece.start for piece in pieces]
             for name in (config.expert.inputs[0], config.expert.output):
                 attach(self, name, _Stacked(table[f"{name}.weight"].local_shape(reduction.size), dtype))
         else:
@@ -93,7 +95,7 @@ class MoE(nn.Module):
             return self.experts[number](tokens)
         expert = self.config.expert
         inputs, outputs = (getattr(self, name).weight[number] for name in (expert.inputs[0], expert.output))
-        gate, up = ssm_kernels.linear(tokens, inputs).chunk(2, dim=-1)
+        gate, up = ssm_kernels.linear(tokens, inputs).split(self._gate_and_up, dim=-1)
         return ssm_kernels.linear(activate(expert.activation, up, gate), outputs)
 
 
