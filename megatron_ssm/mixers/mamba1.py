@@ -12,49 +12,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 import ssm_kernels
 from megatron_ssm.collectives import X_PROJ, Reduction
 from megatron_ssm.config import Mamba1Config
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_ssm.mixers.recurrence import CausalConv1d, Recurrent, carry
+from megatron_ssm.mixers.recurrence import Recurrent, carry
 from megatron_ssm.norm import RMSNorm
 from megatron_ssm.partial import Partial
 from megatron_ssm.state import LayerState
 
 
 class Mamba1Mixer(Recurrent):
-    """One rank's piece of a Mamba-1 mixer.
-
-    Args:
-        config: the mixer's dimensions and options.
-        table: its parameters' layouts, by the name in this module.
-        reduction: the ranks that share it.
-        dtype: of the projections; A_log, D and dt's bias are fp32, or fp64 where `dtype` is.
-
-    Raises:
-        ValueError: the ranks do not divide the inner width.
-    """
+    """One rank's piece of a Mamba-1 mixer; arguments and errors are those of Recurrent."""
 
     def __init__(
         self, config: Mamba1Config, table: Mapping[str, ParameterLayout], *, reduction: Reduction, dtype: torch.dtype
     ):
-        super().__init__()
-        ranks = reduction.size
-        for name, layout in table.items():
-            layout.check(name, ranks)
-        self.config = config
-        self.reduction = reduction
-        shared = {"reduction": reduction, "dtype": dtype}
-        self.in_proj = ColumnParallelLinear(table["in_proj.weight"], bias=config.projection_bias, **shared)
-        self.conv1d = CausalConv1d(table["conv1d.weight"], bias=config.conv_bias, ranks=ranks, dtype=dtype)
-        self.out_proj = RowParallelLinear(table["out_proj.weight"], bias=config.projection_bias, **shared)
-        exact = torch.promote_types(dtype, torch.float32)
-        self.A_log = nn.Parameter(torch.empty(table["A_log"].local_shape(ranks), dtype=exact))
-        self.D = nn.Parameter(torch.empty(table["D"].local_shape(ranks), dtype=exact))
-        self._make_selection(table, dtype=dtype, exact=exact)
+        super().__init__(config, table, output_bias=config.projection_bias, reduction=reduction, dtype=dtype)
+        self._make_selection(table, dtype=dtype, exact=self.A_log.dtype)
         if config.dt_b_c_norm == "learned":
             for name in ("dt_layernorm", "b_layernorm", "c_layernorm"):
                 norm = RMSNorm(table[f"{name}.weight"], eps=config.dt_b_c_norm_eps, dtype=dtype)
@@ -64,13 +41,7 @@ class Mamba1Mixer(Recurrent):
         shared = {"reduction": self.reduction, "dtype": dtype}
         self.x_proj = RowParallelLinear(table["x_proj.weight"], bias=False, **shared)
         self.dt_proj = ColumnParallelLinear(table["dt_proj.weight"], bias=False, **shared)
-        bias = table["dt_proj.bias"].local_shape(self.reduction.size)
-        self.dt_proj.bias = nn.Parameter(torch.empty(bias, dtype=exact))
-
-    @property
-    def output_bias(self) -> torch.Tensor | None:
-        """What is added once, after the reduction."""
-        return self.out_proj.bias
+        self.dt_proj.bias = self.parameter(table["dt_proj.bias"], exact)
 
     def forward(
         self, hidden: torch.Tensor, state: LayerState | None = None, cu_seqlens: torch.Tensor | None = None
@@ -84,32 +55,25 @@ class Mamba1Mixer(Recurrent):
             cu_seqlens: [sequences + 1] int32, where each packed sequence begins; None for one sequence a row.
         """
         x, z = self.in_proj.split(self.in_proj(self.reduction.copy_to_ranks(hidden)))
-        if state is not None and cu_seqlens is None and hidden.shape[1] == 1 and not self.learns(x):
+        if self.is_step(x, state, cu_seqlens):
             y = self._step(x.squeeze(1), z.squeeze(1), state).unsqueeze(1)
         else:
             y = self._scan(x, z, state, cu_seqlens)
         return Partial(self.out_proj(y))
 
     def _scan(self, x, z, state: LayerState | None, cu_seqlens):  # x, z: [B, L, I/T]
-        conv, (conv_pool, ssm_pool) = self.conv1d, (None, None) if state is None else (state.conv, state.ssm)
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        slots = None if state is None else state.slots(sequences)
-        carried = {"slots": slots, "cu_seqlens": cu_seqlens, "learns": self.learns(x)}
-        weights = (conv.weight.squeeze(1), conv.bias, self.config.activation)
-        x = carry(ssm_kernels.causal_conv1d, x, *weights, pool=conv_pool, **carried)
+        carried = self.carried(x, state, cu_seqlens)
+        x = self.convolve(x, state, carried)
         outputs = []
         for channels, dt, B, C in self._dt_b_c(x):
             own = x[..., channels], dt, self.A()[channels], B, C, self.D.flatten()[channels], z[..., channels]
-            pool = None if ssm_pool is None else ssm_pool[:, channels]
+            pool = None if state is None else state.ssm[:, channels]
             bias = self._dt_bias()[channels]
             outputs.append(carry(ssm_kernels.selective_scan, *own, bias, True, pool=pool, **carried))
         return _joined(outputs)
 
     def _step(self, x, z, state: LayerState):  # x, z: [B, I/T]
-        conv = self.conv1d
-        x = ssm_kernels.causal_conv1d_update(
-            x, state.conv, conv.weight.squeeze(1), conv.bias, self.config.activation, state_indices=state.indices
-        )
+        x = self.convolve_step(x, state)
         outputs = []
         for channels, dt, B, C in self._dt_b_c(x):
             own = x[..., channels], dt, self.A()[channels], B, C, self.D.flatten()[channels], z[..., channels]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 import ssm_kernels
 from megatron_ssm.layout import ParameterLayout
@@ -23,12 +22,9 @@ class MultiHeadMamba1Mixer(Mamba1Mixer):
     def _make_selection(self, table: Mapping[str, ParameterLayout], *, dtype: torch.dtype, exact: torch.dtype) -> None:
         ranks, heads = self.reduction.size, self.config.heads
 
-        def parameter(name: str, kept: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(table[name].local_shape(ranks), dtype=kept))
-
-        self.x_proj_weight = parameter("x_proj_weight", dtype)
-        self.dt_proj_weight = parameter("dt_proj_weight", dtype)
-        self.dt_proj_bias = parameter("dt_proj_bias", exact)
+        self.x_proj_weight = self.parameter(table["x_proj_weight"], dtype)
+        self.dt_proj_weight = self.parameter(table["dt_proj_weight"], dtype)
+        self.dt_proj_bias = self.parameter(table["dt_proj_bias"], exact)
         self._shared_head = self.reduction.rank * heads // ranks if ranks > heads else None
 
     def _dt_bias(self) -> torch.Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+import ssm_kernels
+from megatron_ssm.collectives import Reduction
+from megatron_ssm.config import Mamba1Config, Mamba2Config
 from megatron_ssm.layout import ParameterLayout
+from megatron_ssm.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ssm.state import LayerState
 
 
 class CausalConv1d(nn.Module):
@@ -21,11 +26,72 @@ class CausalConv1d(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Base of the mixers: what is computed from A_log, and whether a call is part of training."""
+    """Base of the mixers: what both have around their recurrences, and how a state enters and leaves them.
 
-    def __init__(self):
+    Args:
+        config: the mixer's dimensions and options.
+        table: its parameters' layouts, by the name in this module.
+        output_bias: whether out_proj has one.
+        reduction: the ranks that share it.
+        dtype: of the projections; A_log, D and dt's bias are fp32, or fp64 where `dtype` is.
+
+    Raises:
+        ValueError: the ranks do not divide the heads or the inner width.
+    """
+
+    def __init__(
+        self,
+        config: Mamba1Config | Mamba2Config,
+        table: Mapping[str, ParameterLayout],
+        *,
+        output_bias: bool,
+        reduction: Reduction,
+        dtype: torch.dtype,
+    ):
         super().__init__()
+        for name, layout in table.items():
+            layout.check(name, reduction.size)
+        self.config = config
+        self.reduction = reduction
+        shared = {"reduction": reduction, "dtype": dtype}
+        self.in_proj = ColumnParallelLinear(table["in_proj.weight"], bias=config.projection_bias, **shared)
+        self.conv1d = CausalConv1d(table["conv1d.weight"], bias=config.conv_bias, ranks=reduction.size, dtype=dtype)
+        self.out_proj = RowParallelLinear(table["out_proj.weight"], bias=output_bias, **shared)
+        exact = torch.promote_types(dtype, torch.float32)
+        self.A_log = self.parameter(table["A_log"], exact)
+        self.D = self.parameter(table["D"], exact)
         self._transition: tuple[tuple, torch.Tensor] | None = None
+
+    def parameter(self, layout: ParameterLayout, dtype: torch.dtype) -> nn.Parameter:
+        """This rank's piece of a parameter, yet to be filled."""
+        return nn.Parameter(torch.empty(layout.local_shape(self.reduction.size), dtype=dtype))
+
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        """What is added once, after the reduction."""
+        return self.out_proj.bias
+
+    def is_step(self, x: torch.Tensor, state: LayerState | None, cu_seqlens: torch.Tensor | None) -> bool:
+        """Whether [B, L, …] is one more token of each sequence, in serving."""
+        return state is not None and cu_seqlens is None and x.shape[1] == 1 and not self.learns(x)
+
+    def carried(self, x: torch.Tensor, state: LayerState | None, cu_seqlens: torch.Tensor | None) -> dict:
+        """How `carry` moves the state of the sequences in [B, L, …]."""
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        slots = None if state is None else state.slots(sequences)
+        return {"slots": slots, "cu_seqlens": cu_seqlens, "learns": self.learns(x)}
+
+    def convolve(self, x: torch.Tensor, state: LayerState | None, carried: dict) -> torch.Tensor:
+        """[B, L, channels] -> the same, convolved and activated."""
+        pool = None if state is None else state.conv
+        return carry(ssm_kernels.causal_conv1d, x, *self._convolution(), pool=pool, **carried)
+
+    def convolve_step(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
+        """[B, channels] -> the same, convolved and activated."""
+        return ssm_kernels.causal_conv1d_update(x, state.conv, *self._convolution(), state_indices=state.indices)
+
+    def _convolution(self) -> tuple:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias, self.config.activation
 
     def learns(self, x: torch.Tensor) -> bool:
         """Whether a gradient will be asked for."""
