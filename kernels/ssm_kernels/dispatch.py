@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ssm_kernels import native
@@ -40,8 +41,15 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> bool:
+def choose(
+    op: str,
+    tensors: tuple[Tensor | None, ...],
+    limit: str | None = None,
+    dtypes: frozenset[torch.dtype] = KERNEL_DTYPES,
+) -> bool:
     """Whether `op` on these tensors runs natively; `limit` says why the native kernel cannot take this call.
+
+    `dtypes` are those that the native kernel takes.
 
     Raises:
         ValueError: native is forced and cannot run.
@@ -49,11 +57,11 @@ def choose(op: str, tensors: tuple[Tensor | None, ...], limit: str | None = None
     if _forced == "reference":
         _last[op] = ("reference", "forced")
         return False
-    reason = limit or _unsupported(tensors)
+    reason = limit or _unsupported(tensors, dtypes)
     if reason is None:
         reason = _unavailable()
         if reason is None:
-            _last[op] = ("native", "CPU tensors in fp32 or bf16")
+            _last[op] = ("native", "CPU tensors in its dtypes")
             return True
         if _forced == "auto":
             _warn_once(reason)
@@ -76,14 +84,14 @@ def backend_report() -> dict[str, str]:
     return report
 
 
-def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
+def _unsupported(tensors: tuple[Tensor | None, ...], dtypes: frozenset[torch.dtype]) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
         if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, the native kernels run on cpu"
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"a tensor is {tensor.dtype}, the native kernels take torch.float32 and torch.bfloat16"
+        if tensor.dtype not in dtypes:
+            return f"a tensor is {tensor.dtype}, the native kernel takes {', '.join(sorted(map(str, dtypes)))}"
     return None
 
 

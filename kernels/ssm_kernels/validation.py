@@ -23,6 +23,11 @@ def check_dtype(name: str, tensor: Tensor | None, expected: torch.dtype) -> None
         raise ValueError(f"{name}: expected {expected}, found {tensor.dtype}")
 
 
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected it contiguous, found strides {tensor.stride()}")
+
+
 def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int] | None:
     """Check `cu_seqlens` [S + 1] against x [batch, length, ...] and return it as a list; None for padded batches."""
     if cu_seqlens is None:

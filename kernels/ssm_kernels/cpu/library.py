@@ -28,8 +28,19 @@ SOURCES = (
     "gated_rms_norm.cpp",
     "linear.cpp",
     "scale_rows.cpp",
+    "quantize.cpp",
+    "sum_raw.cpp",
 )
-HEADERS = ("vector.h", "rows.h", "matrix.h", "selective_scan.h", "ssd_scan.h")
+HEADERS = (
+    "vector.h",
+    "rows.h",
+    "matrix.h",
+    "selective_scan.h",
+    "ssd_scan.h",
+    "lanes.h",
+    "codecs.h",
+    "extremes.h",
+)
 ENTRY_POINTS = (
     "selective_scan_forward",
     "selective_scan_backward",
@@ -43,6 +54,10 @@ ENTRY_POINTS = (
     "gated_rms_norm_backward",
     "linear_forward",
     "scale_rows_forward",
+    "quantize",
+    "dequantize_sum",
+    "quantize_sum",
+    "sum_raw",
 )
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -70,6 +85,12 @@ def library() -> ctypes.CDLL:
 @cache
 def entry_point(name: str) -> Callable[[bytes], int]:
     return getattr(library(), name)
+
+
+def use_one_thread_here() -> None:
+    """Let what this thread calls from now on run on it alone; other threads keep their number."""
+    torch.get_num_threads()  # torch sets a thread's number when it is first asked for
+    library().omp_set_num_threads(1)  # of the OpenMP runtime that the library shares with torch
 
 
 def unit_stride(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,67 @@
+// Sums of wires that hold the numbers themselves, in fp32 and rounded once: what the codecs' sums are without codes.
+
+#include "lanes.h"
+#include "matrix.h"
+
+namespace {
+
+constexpr int kStep = 2 * kWidth;
+constexpr int kBlock = 2048;  // numbers of a thread's smallest part
+
+// Packed by cpu/quantize.py: every field has 8 bytes. Order matters.
+struct RawArguments {
+  uint8_t* out;
+  int64_t dtype, out_dtype;  // numbers as in `with_dtype`
+  int64_t count, bytes;      // of the result, zeros to fill it up included
+  int64_t threads, wires;
+
+  const uint8_t* wire(int64_t index) const { return reinterpret_cast<const uint8_t* const*>(this + 1)[index]; }
+};
+
+// All NaNs become one.
+inline floats one_nan(floats v) { return v == v ? v : (floats)(uints{} + 0x7fc00000); }
+
+template <class From, class To>
+void add(const RawArguments& args, int64_t first, int64_t count, uint8_t* out) {
+  floats sum[2] = {};
+  for (int64_t w = 0; w < args.wires; ++w) {
+    typename From::Element numbers[kStep] = {};
+    std::memcpy(numbers, args.wire(w) + first * sizeof numbers[0], count * sizeof numbers[0]);
+    for (int k = 0; k < 2; ++k) {
+      const floats next = From::load(numbers + k * kWidth);
+      sum[k] = w ? sum[k] + next : next;
+    }
+  }
+  typename To::Element rounded[kStep];
+  To::store(rounded, one_nan(sum[0]), one_nan(sum[1]));
+  std::memcpy(out + first * sizeof rounded[0], rounded, count * sizeof rounded[0]);
+}
+
+template <class From, class To>
+void add_all(const RawArguments& args) {
+  for_row_ranges((args.count + kBlock - 1) / kBlock, kBlock, args.threads, [&](int64_t first, int64_t last, int64_t) {
+    const int64_t end = std::min(args.count, last * kBlock);
+    int64_t i = first * kBlock;
+    for (; i + kStep <= end; i += kStep) add<From, To>(args, i, kStep, args.out);
+    if (i < end) add<From, To>(args, i, end - i, args.out);
+  });
+  const int64_t used = args.count * sizeof(typename To::Element);
+  std::memset(args.out + used, 0, args.bytes - used);
+}
+
+template <class Run>
+void with_dtype(int64_t dtype, const Run& run) {
+  if (dtype == 0) run(Float32{});
+  if (dtype == 1) run(BFloat16{});
+  if (dtype == 2) run(Float16{});
+}
+
+}  // namespace
+
+extern "C" int64_t sum_raw(const void* packed) {
+  const RawArguments& args = *static_cast<const RawArguments*>(packed);
+  with_dtype(args.dtype, [&](auto number) {
+    with_dtype(args.out_dtype, [&](auto rounded) { add_all<decltype(number), decltype(rounded)>(args); });
+  });
+  return 0;
+}
