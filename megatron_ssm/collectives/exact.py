@@ -6,6 +6,8 @@ others', so that the backend's bf16 sums add nothing but zeros to them, in any o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,19 @@ def to_bf16(exact: Tensor, rank: int, ranks: int) -> Tensor:
 def from_bf16(summed: Tensor, ranks: int) -> Tensor:
     """[..., 3·T·E] bf16 -> [..., E] fp32: the sums over the ranks, in rank order."""
     return summed.unflatten(-1, (-1, ranks, PARTS)).float().sum(-1).sum(-1)
+
+
+def joined(
+    partial: Tensor, exact: Tensor, rank: int, ranks: int
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """One tensor [..., W + …] of a partial [..., W] and exact numbers [..., E], and how to take its sum apart again."""
+    width, dtype = partial.shape[-1], partial.dtype
+    learns = torch.is_grad_enabled() and (partial.requires_grad or exact.requires_grad)
+    in_places = dtype is torch.bfloat16 and not learns
+    beside = to_bf16(exact, rank, ranks) if in_places else exact
+
+    def apart(total: Tensor) -> tuple[Tensor, Tensor]:
+        sums = total[..., width:]
+        return total[..., :width].to(dtype), from_bf16(sums, ranks) if in_places else sums
+
+    return torch.cat([partial.to(beside.dtype), beside], dim=-1), apart

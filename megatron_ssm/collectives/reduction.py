@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,18 +32,36 @@ class Site:
     Attributes:
         name: what the traffic counters and the error messages call it.
         backward_reduces: the sum feeds rank-local work, so its gradient is summed over the ranks too.
+        quantizable: the sum is one sublayer's contribution to the residual stream, which bears a coarser sum; what
+            feeds exponentials, scales and every layer behind it does not.
     """
 
     name: str
     backward_reduces: bool
+    quantizable: bool = False
 
     @property
     def gradient(self) -> Site:
         """The site of this one's gradient."""
         return Site(f"{self.name}.backward", backward_reduces=False)
 
+    @staticmethod
+    def joint(sites: Sequence[Site]) -> Site:
+        """The site of one reduction that several share; "out_proj+o_proj" of a mixer beside attention."""
+        different = list(dict.fromkeys(sites))
+        if len(different) == 1:
+            return different[0]
+        assert len({site.backward_reduces for site in different}) == 1, "one sum has one kind of reader"
+        return Site(
+            "+".join(site.name for site in different),
+            backward_reduces=different[0].backward_reduces,
+            quantizable=all(site.quantizable for site in different),
+        )
 
-OUT_PROJ = Site("out_proj", backward_reduces=False)
+
+OUT_PROJ = Site("out_proj", backward_reduces=False, quantizable=True)  # mixers
+O_PROJ = Site("o_proj", backward_reduces=False, quantizable=True)  # attention
+DOWN_PROJ = Site("down_proj", backward_reduces=False, quantizable=True)  # feed-forward layers and experts
 X_PROJ = Site("x_proj", backward_reduces=True)
 NORM_SUMS = Site("norm_sums", backward_reduces=True)
 EMBEDDING = Site("embedding", backward_reduces=False)
@@ -170,14 +188,14 @@ class Reduction(ABC):
         Returns:
             the sums of `partial`, in its dtype, and of `exact`, in fp32 or fp64.
         """
-        width, dtype = partial.shape[-1], partial.dtype
-        learns = torch.is_grad_enabled() and (partial.requires_grad or exact.requires_grad)
-        if dtype is torch.bfloat16 and not learns:
-            places = exact_parts.to_bf16(exact, self.rank, self.size)
-            total = self.reduce(torch.cat([partial, places], dim=-1), site)
-            return total[..., :width], exact_parts.from_bf16(total[..., width:], self.size)
-        total = self.reduce(torch.cat([partial.to(exact.dtype), exact], dim=-1), site)
-        return total[..., :width].to(dtype), total[..., width:]
+        together, apart = exact_parts.joined(partial, exact, self.rank, self.size)
+        return apart(self.reduce(together, site))
+
+    def start_with(self, partial: Tensor, exact: Tensor, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+        """`reduce_with` in two steps: begins, and returns how to wait for both sums."""
+        together, apart = exact_parts.joined(partial, exact, self.rank, self.size)
+        handle = self.start(together, site)
+        return lambda: apart(handle.wait())
 
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """The tensors of all ranks joined along `dim` in rank order.

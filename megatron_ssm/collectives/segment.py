@@ -11,7 +11,7 @@ import ctypes
 import os
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,9 @@ MAX_RANKS = 64
 _NONCE_BYTES = 8
 # About 50 µs: longer than the skew between ranks that do the same work, shorter than a time slice.
 _SPINS = 2000
+# The library's status codes, in words.
+_FAILURES = {2: "died", 3: "gave up or closed its reduction", 4: "came with another operation, shape or dtype"}
+_TIMED_OUT = 1
 _SOURCE = Path(__file__).parent / "csrc" / "shared_memory.cpp"
 
 
@@ -50,33 +53,43 @@ class Segment:
     Attributes:
         library: the native operations.
         context: what they take as their first argument; None after close().
-        processes: the process ids of the ranks.
+        members: the ranks of the group that share the segment.
+        rank, size: this rank's place among them, and how many they are.
+        timeout: seconds after which a wait gives up.
+        processes: the process ids of these ranks.
 
     Args:
         group: the ranks; every one of them constructs a Segment at the same time.
         slot_bytes: the largest piece of a tensor that is handed over at once; a multiple of 128.
         timeout: seconds after which a wait gives up.
+        hosts: which ranks share a segment, a partition of the group; None for all of them.
 
     Raises:
         SharedMemoryUnavailable: on every rank, if it is impossible for any.
     """
 
-    def __init__(self, group: dist.ProcessGroup, slot_bytes: int, timeout: float) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        file, introduction = _introduce(size, slot_bytes, makes_segment=rank == 0)
+    def __init__(
+        self, group: dist.ProcessGroup, slot_bytes: int, timeout: float, hosts: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        own = dist.get_rank(group)
+        hosts = hosts if hosts is not None else [range(dist.get_world_size(group))]
+        self.members, self.timeout = next(list(host) for host in hosts if own in host), timeout
+        self.rank, self.size = self.members.index(own), len(self.members)
+        file, introduction = _introduce(self.size, slot_bytes, makes_segment=self.rank == 0)
         try:
-            introductions = _exchange(group, introduction)
-            _require([_objection(introductions)])
+            everybody = dict(enumerate(_exchange(group, introduction)))
+            _require([_objection({rank: everybody[rank] for rank in host}) for host in hosts])
+            introductions = [everybody[rank] for rank in self.members]
             self.processes = [entry.process for entry in introductions]
             cores = len(frozenset().union(*(entry.cores for entry in introductions)))
-            spins = _SPINS if cores >= size else 0
+            spins = _SPINS if cores >= self.size else 0
             problem = None
             try:
                 file = _open(introductions[0], file)
                 self.library = _library()
-                self.context = self._attach(file, rank, slot_bytes, spins, timeout)
+                self.context = self._attach(file, slot_bytes, spins, timeout)
             except OSError as error:
-                problem = f"rank {rank} cannot open the segment: {error}"
+                problem = f"rank {own} cannot open the segment: {error}"
             problems = _exchange(group, problem)
             if any(problems) and problem is None:
                 self.close()
@@ -85,8 +98,8 @@ class Segment:
             if file >= 0:
                 os.close(file)
 
-    def _attach(self, file: int, rank: int, slot_bytes: int, spins: int, timeout: float) -> int:
-        size = len(self.processes)
+    def _attach(self, file: int, slot_bytes: int, spins: int, timeout: float) -> int:
+        rank, size = self.rank, self.size
         pidfds = [-1] * size
         try:
             for peer, process in enumerate(self.processes):
@@ -108,10 +121,13 @@ class Segment:
         self.context = None
         self._finalizer()
 
-    def failed_ranks(self) -> list[int]:
-        """The ranks that the last failure was about."""
+    def failure(self, status: int) -> str:
+        """What happened, in words: the status that an operation of the library returned, and whose fault it was."""
         mask = self.library.reduction_failed_ranks(self.context)
-        return [rank for rank in range(len(self.processes)) if mask >> rank & 1]
+        ranks = [place for place in range(self.size) if mask >> place & 1]
+        named = ", ".join(f"{self.members[place]} (process {self.processes[place]})" for place in ranks)
+        what = f"did not arrive within {self.timeout:g} s" if status == _TIMED_OUT else _FAILURES[status]
+        return f"rank {named} {what}"
 
 
 def _introduce(size: int, slot_bytes: int, makes_segment: bool) -> tuple[int, _Introduction]:
@@ -133,18 +149,18 @@ def _introduce(size: int, slot_bytes: int, makes_segment: bool) -> tuple[int, _I
     return file, _Introduction(host_identity(), namespace, os.getpid(), cores, None, file, nonce)
 
 
-def _objection(introductions: Sequence[_Introduction]) -> str | None:
+def _objection(introductions: Mapping[int, _Introduction]) -> str | None:
     # A pure function of what all ranks know: they all come to the same conclusion.
-    first = introductions[0]
+    owner, first = next(iter(introductions.items()))
     if len(introductions) > MAX_RANKS:
         return f"expected at most {MAX_RANKS} ranks, found {len(introductions)}"
-    for rank, entry in enumerate(introductions):
+    for rank, entry in introductions.items():
         if entry.problem is not None:
             return f"rank {rank}: {entry.problem}"
         if entry.host != first.host:
-            return f"ranks 0 and {rank} are on different hosts"
+            return f"ranks {owner} and {rank} are on different hosts"
         if entry.process_namespace != first.process_namespace:
-            return f"ranks 0 and {rank} are in different process namespaces"
+            return f"ranks {owner} and {rank} are in different process namespaces"
     return None
 
 

@@ -24,9 +24,6 @@ DEFAULT_SLOT_BYTES = 1 << 20
 # The numbers of the native library's kinds of operation.
 _SUMS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _GATHER = 4
-# Its status codes, in words.
-_FAILURES = {2: "died", 3: "gave up or closed its reduction", 4: "came with another operation, shape or dtype"}
-_TIMED_OUT = 1
 _BARRIER = Site("barrier", backward_reduces=False)
 
 
@@ -60,7 +57,6 @@ class SharedMemoryReduction(Reduction):
             raise ValueError(f"slot_bytes: expected a positive multiple of 128, found {slot_bytes}")
         super().__init__(dist.get_rank(group), dist.get_world_size(group), reason, group=group)
         self._other = TorchReduction(group, traffic=self.traffic)
-        self._timeout = timeout
         self._slot_bytes = slot_bytes
         self._segment = Segment(group, slot_bytes, timeout)
         self._context = self._segment.context
@@ -170,10 +166,7 @@ class SharedMemoryReduction(Reduction):
             raise ReductionError(f"rank {self.rank}: this reduction cannot be used any more: {self._problem}")
 
     def _fail(self, status: int, site: Site, operation: int) -> None:
-        ranks = self._segment.failed_ranks()
-        named = ", ".join(f"{rank} (process {self._segment.processes[rank]})" for rank in ranks)
-        what = f"did not arrive within {self._timeout:g} s" if status == _TIMED_OUT else _FAILURES[status]
-        self._problem = f"{site.name}, operation {operation}: rank {named} {what}"
+        self._problem = f"{site.name}, operation {operation}: {self._segment.failure(status)}"
         raise ReductionError(f"rank {self.rank}: shared-memory reduction at {self._problem}")
 
 

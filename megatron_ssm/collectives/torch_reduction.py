@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class LocalReduction(Reduction):
 
     def reduce_with(self, partial: Tensor, exact: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         return partial, exact
+
+    def start_with(self, partial: Tensor, exact: Tensor, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: (partial, exact)
 
     def copy_to_ranks(self, hidden: Tensor) -> Tensor:
         return hidden

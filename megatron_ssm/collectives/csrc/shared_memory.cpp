@@ -13,6 +13,8 @@
 //   two phases  rank r sums the r-th part of the slots in place (nobody else reads that part of its slot), raises
 //               `summed`, and copies the other parts from the ranks that summed them
 //
+// A reduce-scatter is the first half of the second: rank r is left with the sum of the r-th part, not rounded.
+//
 // Segment: [ Control: the flags of every rank | buffer 0: slot of rank 0, ..., slot of rank T-1 | buffer 1: ... ]
 
 #include <poll.h>
@@ -236,12 +238,13 @@ struct Float16 {
 // Elements [begin, end) of all slots of `operation`, summed in rank order into `out`. The running sums of a block stay
 // in the first-level cache, so each slot is read once; the inner loops have no branches and are left to the compiler,
 // which makes 16 lanes of them with AVX-512 and 8 with AVX2. `out` may be the slot's own [begin, end).
-template <class Format>
+// `Out` is the format of the result.
+template <class Format, class Out = Format>
 void sum_slots(const Context& context, uint64_t operation, int64_t begin, int64_t end, char* out_bytes) {
   using Element = typename Format::Element;
   constexpr int64_t kBlock = 1024;
   alignas(64) typename Format::Sum sum[kBlock];
-  Element* out = reinterpret_cast<Element*>(out_bytes);
+  typename Out::Element* out = reinterpret_cast<typename Out::Element*>(out_bytes);
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t count = std::min(kBlock, end - block);
     for (int rank = 0; rank < context.size; ++rank) {
@@ -252,7 +255,7 @@ void sum_slots(const Context& context, uint64_t operation, int64_t begin, int64_
         for (int64_t i = 0; i < count; ++i) sum[i] += Format::load(in[i]);
       }
     }
-    for (int64_t i = 0; i < count; ++i) out[block - begin + i] = Format::store(sum[i]);
+    for (int64_t i = 0; i < count; ++i) out[block - begin + i] = Out::store(sum[i]);
   }
 }
 
@@ -260,12 +263,27 @@ using SumSlots = void (*)(const Context&, uint64_t, int64_t, int64_t, char*);
 
 struct Kind {
   int64_t element_bytes;
-  SumSlots sum;
+  SumSlots sum;  // null for a gather of bytes
+  bool scatters;
 };
 
-// The numbers of `kind` in the calls below; the last one is a gather of bytes.
+// The numbers of `kind` in the calls below: sums, a gather, reduce-scatters whose results are fp32 (fp64 of fp64).
 constexpr Kind kKinds[] = {
-    {4, sum_slots<Float32>}, {8, sum_slots<Float64>}, {2, sum_slots<BFloat16>}, {2, sum_slots<Float16>}, {1, nullptr}};
+    {4, sum_slots<Float32>, false},
+    {8, sum_slots<Float64>, false},
+    {2, sum_slots<BFloat16>, false},
+    {2, sum_slots<Float16>, false},
+    {1, nullptr, false},
+    {4, sum_slots<Float32>, true},
+    {8, sum_slots<Float64>, true},
+    {2, sum_slots<BFloat16, Float32>, true},
+    {2, sum_slots<Float16, Float32>, true},
+};
+
+// Rank r has elements [part_begin(r), part_begin(r + 1)) of `count`; parts share no cache line.
+int64_t part_begin(const Context& context, int64_t count, int rank) {
+  return std::min(count, round_up((count + context.size - 1) / context.size, 64) * rank);
+}
 
 // ---- Operations
 
@@ -294,8 +312,7 @@ int wait_for_slots(Context& context, uint64_t operation, int64_t bytes, int64_t 
 
 int sum_in_two_phases(Context& context, uint64_t operation, char* out, int64_t bytes, const Kind& kind) {
   const int64_t count = bytes / kind.element_bytes;
-  const int64_t part = round_up((count + context.size - 1) / context.size, 64);  // parts share no cache line
-  const auto begin_of = [&](int rank) { return std::min(count, part * rank); };
+  const auto begin_of = [&](int rank) { return part_begin(context, count, rank); };
   const int64_t begin = begin_of(context.rank), end = begin_of(context.rank + 1);
   kind.sum(context, operation, begin, end, context.slot(operation, context.rank).payload + begin * kind.element_bytes);
   context.mine().summed.value.store(operation, std::memory_order_release);
@@ -308,8 +325,8 @@ int sum_in_two_phases(Context& context, uint64_t operation, char* out, int64_t b
   return kDone;
 }
 
-// Finishes the oldest operation: for a sum, `out` is this piece of the result; for a gather, this piece of rank 0's
-// part, with the parts of the other ranks `part_bytes` apart.
+// Finishes the oldest operation: for a sum, `out` is this piece of the result; for a reduce-scatter, this rank's part of
+// it; for a gather, this piece of rank 0's part, with the parts of the other ranks `part_bytes` apart.
 int complete(Context& context, char* out, int64_t bytes, int64_t kind_number, int64_t part_bytes) {
   const uint64_t operation = context.finished + 1;
   const Kind& kind = kKinds[kind_number];
@@ -318,6 +335,10 @@ int complete(Context& context, char* out, int64_t bytes, int64_t kind_number, in
     for (int rank = 0; rank < context.size && bytes; ++rank) {
       std::memcpy(out + rank * part_bytes, context.slot(operation, rank).payload, bytes);
     }
+  } else if (kind.scatters) {
+    const int64_t count = bytes / kind.element_bytes;
+    kind.sum(
+        context, operation, part_begin(context, count, context.rank), part_begin(context, count, context.rank + 1), out);
   } else if (context.size > 2 && bytes >= kTwoPhaseBytes) {
     if (int status = sum_in_two_phases(context, operation, out, bytes, kind)) return status;
   } else {
@@ -328,7 +349,7 @@ int complete(Context& context, char* out, int64_t bytes, int64_t kind_number, in
   return kDone;
 }
 
-// Hands over the first piece of `source`. Two operations may be started and not finished; one alone if it has pieces.
+// Hands over the first piece of `source`, the only one of a reduce-scatter. Two operations may be started and not finished; one alone if it has pieces.
 int start(Context& context, const char* source, int64_t bytes, int64_t kind) {
   return publish(context, source, std::min(bytes, context.slot_bytes), kind);
 }
