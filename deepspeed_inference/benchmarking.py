@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
-
-from deepspeed_inference.hardware import describe_hardware
 
 
 def measure_all(measures: dict[str, Callable[[], dict]], settings: dict, file: Path) -> dict:
@@ -28,6 +31,8 @@ def measure_all(measures: dict[str, Callable[[], dict]], settings: dict, file: P
     Returns:
         what was written.
     """
+    from deepspeed_inference.hardware import describe_hardware  # loads the whole stack, which not every rank needs
+
     results = {"hardware": describe_hardware(), **settings}
     for name, measure in measures.items():
         print(f"measuring {name} …", flush=True)
@@ -58,39 +63,86 @@ def on_ranks(function: Callable, ranks: int, *arguments) -> list:
     """What `function(*arguments)` returns on each of so many fresh ranks of this machine.
 
     Args:
-        function: of a module's top level.
+        function: of a module's top level; it imports what it needs before it measures.
 
     Raises:
         RuntimeError: a rank died.
     """
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    meeting = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launches = [Launch({"RANK": rank, "LOCAL_RANK": rank, **meeting}) for rank in range(ranks)]
+    return launched(function, arguments, launches)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where one rank starts.
+
+    Attributes:
+        environment: what a launcher tells it: RANK, WORLD_SIZE, MASTER_ADDR and so on.
+        place: makes a context in which its process is started: whose network it inherits, for example.
+    """
+
+    environment: Mapping[str, object]
+    place: Callable[[], AbstractContextManager] = nullcontext
+
+
+def launched(function: Callable, arguments: tuple, launches: Sequence[Launch], timeout: float | None = None) -> list:
+    """What `function(*arguments)` returns in a fresh process for each launch.
+
+    Args:
+        function: of a module's top level.
+        timeout: seconds until all of them are ended; None waits for as long as they live.
+
+    Raises:
+        RuntimeError: a rank died, or did not answer in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    job = pickle.dumps((function, arguments))
+    # A process of the library's own; where the first rank is started, it would keep that rank's place alive.
+    resource_tracker.ensure_running()
     pipes, processes = [], []
-    for rank in range(ranks):
-        ours, theirs = context.Pipe()
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        process = context.Process(target=_rank_main, args=(launch, theirs, function, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
     try:
-        return [pipe.recv() for pipe in pipes]
-    except EOFError as error:
-        raise RuntimeError("a rank of the benchmark died; its error is above") from error
-    finally:
+        for launch in launches:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank_main, args=(dict(launch.environment), theirs, job), daemon=True)
+            with launch.place():
+                process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        answers = _answers(pipes, timeout)
         for process in processes:
             process.join(timeout=10)
+        return answers
+    finally:
+        for process in processes:
             process.kill()
+            process.join()
 
 
-def _rank_main(launch: dict, pipe, function: Callable, arguments: tuple) -> None:
+def _answers(pipes: list, timeout: float | None) -> list:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    answers: dict[int, object] = {}
+    while len(answers) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
+        ready = wait(list(waiting), None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RuntimeError(f"ranks {sorted(waiting.values())} of the benchmark did not answer in {timeout:g} s")
+        for pipe in ready:
+            try:
+                answers[waiting[pipe]] = pipe.recv()
+            except EOFError as error:
+                raise RuntimeError(f"rank {waiting[pipe]} of the benchmark died; its error is above") from error
+    return [answers[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(environment: dict, pipe, job: bytes) -> None:
     from deepspeed_inference.quiet import quiet
 
-    os.environ.update({name: str(value) for name, value in launch.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update({name: str(value) for name, value in environment.items()})
     quiet()
-    import deepspeed_inference.engine  # noqa: F401 (the imports come before what is measured)
-
+    function, arguments = pickle.loads(job)  # imports its module, which nobody has quietened before
     pipe.send(function(*arguments))

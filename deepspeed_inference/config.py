@@ -15,6 +15,9 @@ import torch
 import yaml
 
 from deepspeed_inference.validation import check_sampling, in_range, one_of
+from megatron_ssm.collectives.quantized import QUANTIZABLE_SITES, check_sites
+from megatron_ssm.overlap import HIDE_REDUCTIONS
+from ssm_kernels.codecs import CODECS
 
 DTYPES = {
     "float32": torch.float32,
@@ -53,6 +56,32 @@ class TensorParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedAllReduceConfig:
+    """How the ranks of several hosts sum the outputs of row-parallel layers in fewer bits.
+
+    Args:
+        codec: int8, fp8-e4m3, int6 or int4; "exact" for the same exchanges, unquantized.
+        sites: which outputs: out_proj (mixers), o_proj (attention), down_proj (feed-forward, experts).
+        gate: false quantizes messages of every size; true measures at start-up which sizes gain by it; a path keeps
+            the measurement in that file.
+    """
+
+    codec: str = "int8"
+    sites: tuple[str, ...] = QUANTIZABLE_SITES
+    gate: bool | str = False
+
+    def __post_init__(self):
+        one_of("quantized_all_reduce.codec", self.codec, (*CODECS, "exact"))
+        try:
+            check_sites(self.sites)
+        except ValueError as error:
+            raise ValueError(f"quantized_all_reduce.{error}") from error
+        object.__setattr__(self, "sites", tuple(self.sites))
+        if not isinstance(self.gate, (bool, str, Path)) or self.gate == "":
+            raise ValueError(f"quantized_all_reduce.gate: expected true, false or a path, found {self.gate!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     """All options; each field's help says what it does.
 
@@ -73,6 +102,14 @@ class InferenceConfig:
     kernels: str = option("auto", "auto, native or reference: how the recurrences are computed")
     reduction: str = option("auto", "auto, shared_memory or torch: how the ranks add their partial results")
     reduction_timeout: float = option(300.0, "seconds after which a rank gives up waiting for another", type=float)
+    quantized_all_reduce: QuantizedAllReduceConfig | None = option(
+        None,
+        "off, int8, fp8-e4m3, int6 or int4: how the layers' outputs travel between hosts; auto: as int8 where that was "
+        "measured to be faster, when the engine starts",
+    )
+    hide_reductions: str = option(
+        "auto", "auto, always or never: ranks compute while their sums are under way, a long prompt in two parts"
+    )
     progress: bool = option(True, "show progress bars on a terminal, while loading and over the prompts of a file")
 
     # What is generated
@@ -91,6 +128,7 @@ class InferenceConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "tensor_parallel", _tensor_parallel(self.tensor_parallel))
+        object.__setattr__(self, "quantized_all_reduce", _quantized(self.quantized_all_reduce))
         object.__setattr__(self, "dtype", _dtype(self.dtype))
         object.__setattr__(self, "prompt", _texts(self.prompt))
         for name in ("model", "prompts", "output"):
@@ -101,6 +139,7 @@ class InferenceConfig:
         one_of("device", str(self.device).split(":")[0], ("auto", "cpu", "cuda"))
         one_of("kernels", self.kernels, ("auto", "native", "reference"))
         one_of("reduction", self.reduction, ("auto", "shared_memory", "torch"))
+        one_of("hide_reductions", self.hide_reductions, HIDE_REDUCTIONS)
         in_range("threads", self.threads, int, lambda value: value >= 1, "a positive integer", optional=True)
         in_range(
             "reduction_timeout", self.reduction_timeout, (int, float), lambda value: 0 < value < 1e9, "seconds > 0"
@@ -182,15 +221,28 @@ def command_line_parser() -> argparse.ArgumentParser:
 
 
 def _tensor_parallel(value) -> TensorParallelConfig:
-    if isinstance(value, TensorParallelConfig):
-        return value
-    if not isinstance(value, Mapping):
+    if not isinstance(value, (TensorParallelConfig, Mapping)):
         raise ValueError(f"tensor_parallel: expected a mapping like {{'tp_size': 2}}, found {value!r}")
-    known = [item.name for item in fields(TensorParallelConfig)]
+    return _of_mapping(TensorParallelConfig, "tensor_parallel", value)
+
+
+def _quantized(value) -> QuantizedAllReduceConfig | None:
+    if value is None or value is False or value == "off":  # YAML reads off as false
+        return None
+    if isinstance(value, (QuantizedAllReduceConfig, Mapping)):
+        return _of_mapping(QuantizedAllReduceConfig, "quantized_all_reduce", value)
+    one_of("quantized_all_reduce", value, ("off", "auto", *CODECS, "exact"))
+    return QuantizedAllReduceConfig(gate=True) if value == "auto" else QuantizedAllReduceConfig(codec=value)
+
+
+def _of_mapping(kind: type, name: str, value):
+    if isinstance(value, kind):
+        return value
+    known = [item.name for item in fields(kind)]
     unknown = sorted(set(value) - set(known))
     if unknown:
-        raise ValueError(f"tensor_parallel: unknown keys {unknown}; known are {known}")
-    return TensorParallelConfig(**value)
+        raise ValueError(f"{name}: unknown keys {unknown}; known are {known}")
+    return kind(**value)
 
 
 def _dtype(value) -> torch.dtype | None:

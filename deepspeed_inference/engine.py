@@ -32,6 +32,7 @@ from deepspeed_inference.scoring import log_probabilities
 from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family, family_of
+from megatron_ssm.overlap import Overlap
 
 
 @torch.inference_mode(False)  # parameters are ordinary tensors, wherever the caller makes the engine
@@ -75,6 +76,7 @@ def init_inference(
         groups=place.groups,
         dtype=opened.dtype,
         kernels=options.kernels,
+        hide_reductions=options.hide_reductions,
         directory=opened.directory,
     )
 
@@ -89,6 +91,7 @@ class SSMInferenceEngine(InferenceEngine):
         groups: where this rank stands among all.
         dtype: the model runs in.
         kernels: the backend of ssm_kernels.
+        hide_reductions: as Overlap has it.
         directory: of the checkpoint; None for a model that was handed over in memory.
     """
 
@@ -101,6 +104,7 @@ class SSMInferenceEngine(InferenceEngine):
         groups: ParallelGroups,
         dtype: torch.dtype,
         kernels: str = "auto",
+        hide_reductions: str = "auto",
         directory: Path | None = None,
     ):
         # DeepSpeed is told of one rank and to leave the model where it is: it is cut already, and lies on its device.
@@ -118,6 +122,7 @@ class SSMInferenceEngine(InferenceEngine):
         self._kernels = kernels
         self.head = policy.head_module(model, family)
         self.stack = policy.backbone_module(model, family)
+        self.stack.hide(Overlap(hide_reductions))
 
     @property
     def device(self) -> torch.device:

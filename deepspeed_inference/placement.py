@@ -10,7 +10,13 @@ import torch
 import ssm_kernels
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.freed_memory import keep_freed_memory
-from megatron_ssm.collectives import ParallelGroups, Reduction, init_groups, make_reduction
+from megatron_ssm.collectives import (
+    ParallelGroups,
+    Reduction,
+    init_groups,
+    make_quantized_reduction,
+    make_reduction,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Placement:
         if group is None and device.type == "cpu":
             keep_freed_memory()
         ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
-        reduction = make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
+        reduction = _reduction(groups, device, options)
         if reduction.size > 1:
             # transformers' own sampling draws from torch's generator: the ranks must draw the same.
             torch.set_rng_state(reduction.exchange(torch.get_rng_state())[0])
@@ -56,6 +62,21 @@ class Placement:
     def is_first(self) -> bool:
         """Whether this is the first rank of all."""
         return self.groups.replica == 0 and self.groups.tensor_rank == 0
+
+
+def _reduction(groups: ParallelGroups, device: torch.device, options: InferenceConfig) -> Reduction:
+    quantized = options.quantized_all_reduce
+    if quantized is None:
+        return make_reduction(groups.tensor_group, device, options.reduction, options.reduction_timeout)
+    return make_quantized_reduction(
+        groups.tensor_group,
+        device,
+        quantized.codec,
+        sites=quantized.sites,
+        gate=quantized.gate,
+        kind=options.reduction,
+        timeout=options.reduction_timeout,
+    )
 
 
 def _device(name: str) -> torch.device:

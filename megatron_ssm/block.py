@@ -1,4 +1,4 @@
-"""Block: one layer as our own loop runs it: norms, parts, one reduction for each sublayer, and the residual stream."""
+"""Block: one layer as our own loop runs it: norms, parts, one sum over the ranks a sublayer, the residual stream."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from megatron_ssm.collectives import OUT_PROJ, Reduction
+from megatron_ssm.collectives import Reduction
 from megatron_ssm.families import tables
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.linear import ReplicatedLinear
 from megatron_ssm.mixers import make_part
 from megatron_ssm.module_path import attach
 from megatron_ssm.norm import RMSNorm
-from megatron_ssm.partial import Partial, reduce_partials
+from megatron_ssm.partial import Partial
 from megatron_ssm.plan import Layer, ModelPlan, Part, Sublayer
 from megatron_ssm.shared_block import SharedAttentionBlock, below
 from megatron_ssm.state import LayerState
+from megatron_ssm.sums import Sums
 
 
 class Block(nn.Module):
@@ -44,7 +45,6 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.layer = layer
-        self.reduction = reduction
         self.residual_dtype = torch.promote_types(dtype, torch.float32) if plan.residual_in_fp32 else dtype
         if layer.shared is not None:
             attach(self, layer.shared.name, shared)
@@ -66,8 +66,10 @@ class Block(nn.Module):
         state: LayerState | None = None,
         cu_seqlens: torch.Tensor | None = None,
         embeddings: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Sums[tuple[torch.Tensor, torch.Tensor]]:
         """Run the layer: (its output, the residual stream that the output is still to be added to).
+
+        It asks for the sums over the ranks, one a sublayer, as `megatron_ssm.sums` tells.
 
         Args:
             hidden: [B, L, D], the output of the layer before, not yet added to the stream.
@@ -79,10 +81,10 @@ class Block(nn.Module):
         if self.layer.shared is not None:
             hidden, residual = hidden if residual is None else residual + hidden, None
             shared = self.get_submodule(self.layer.shared.name)
-            output = shared(hidden, embeddings, self.layer.shared.number, state, cu_seqlens)
+            output = yield from shared.step(hidden, embeddings, self.layer.shared.number, state, cu_seqlens)
             beside = self.get_submodule(self.layer.shared.linear)(output)
         for sublayer in self._sublayers:
-            hidden, residual = sublayer.step(hidden, residual, beside, state, cu_seqlens)
+            hidden, residual = yield from sublayer.step(hidden, residual, beside, state, cu_seqlens)
         return hidden, residual
 
 
@@ -90,21 +92,21 @@ class _Sublayer:
     # A view on modules that the block owns: not a module, so that no parameter has two names.
     def __init__(self, block: Block, sublayer: Sublayer):
         self.sublayer = sublayer
-        self.reduction, self.residual_dtype = block.reduction, block.residual_dtype
+        self.site = tables.joint_site(sublayer)
+        self.residual_dtype = block.residual_dtype
         self.norm = block.get_submodule(sublayer.norm)
         self.parts = [
             (part, block.get_submodule(part.name), bool(tables.state(part.config))) for part in sublayer.parts
         ]
 
-    def step(self, hidden, residual, beside, state, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, hidden, residual, beside, state, cu_seqlens) -> Sums[tuple[torch.Tensor, torch.Tensor]]:
         if beside is None:
             normed, residual = self.norm.add(hidden, residual, self.residual_dtype)
         else:
             # What a shared block gave is read by this norm, but does not enter the stream.
             normed, residual = self.norm.add(hidden, beside, self.residual_dtype)[0], hidden
         normed = normed.to(self.norm.weight.dtype)
-        partials = [self._run(*part, normed, state, cu_seqlens) for part in self.parts]
-        output = reduce_partials(partials, self.reduction, OUT_PROJ)
+        output = yield [self._run(*part, normed, state, cu_seqlens) for part in self.parts], self.site
         for part, module, _ in self.parts:
             if module.output_bias is not None:
                 output = output + module.output_bias * part.output_multiplier

@@ -28,7 +28,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     """y = x Wᵀ + b with the rows of W cut: the output is this rank's piece, the input is whole.
 
     Args:
-        layout: of the weight; its segments are what `split` cuts the output into.
+        layout: of the weight; its segments are what `split` cuts the output into, and what `segment` computes one of.
         bias: whether there is one.
         reduction: the ranks that share the layer.
         dtype: of the parameters.
@@ -43,8 +43,8 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
             bias=bias,
             tp_group=reduction.group,
         )
-        pieces = layout.local_segments(reduction.size).values()
-        self.segment_sizes = [piece.stop - piece.start for piece in pieces]
+        self._segments = layout.local_segments(reduction.size)
+        self.segment_sizes = [rows.stop - rows.start for rows in self._segments.values()]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., rows of this rank]."""
@@ -53,6 +53,11 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views of an output, one a segment of the layout, in its order."""
         return output.split(self.segment_sizes, dim=-1)
+
+    def segment(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        """[..., D] -> [..., rows of one segment on this rank]: a product of its own, of views of the parameters."""
+        rows = self._segments[name]
+        return ssm_kernels.linear(hidden, self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):

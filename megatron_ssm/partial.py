@@ -10,12 +10,14 @@ output and the scale is applied behind the reduction:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 import ssm_kernels
 from megatron_ssm.collectives import Reduction, Site
+from megatron_ssm.collectives import exact as exact_parts
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,73 @@ def reduce_partials(partials: Sequence[Partial], reduction: Reduction, site: Sit
     Returns:
         [B, L, D], the same bits on every rank.
     """
-    plain = [partial.output for partial in partials if partial.square_sums is None]
-    scaled = [partial for partial in partials if partial.square_sums is not None]
-    plain = [sum(plain[1:], plain[0])] if plain else []
-    if not scaled:
-        return reduction.reduce(plain[0], site)
-    outputs = [*(partial.output.flatten(2) for partial in scaled), *plain]
-    sums = [partial.square_sums for partial in scaled]
-    widths, counts = [output.shape[-1] for output in outputs], [part.shape[-1] for part in sums]
-    total, square_sums = reduction.reduce_with(_cat(outputs), _cat(sums), site)
-    pieces = total.split(widths, dim=-1)
-    result = pieces[-1] if plain else None
-    for partial, piece, part in zip(scaled, pieces, square_sums.split(counts, dim=-1), strict=False):
-        output = partial.scaled(piece.unflatten(2, partial.output.shape[2:]), part)
-        result = output if result is None else result + output
-    return result
+    message = _Message.of(partials)
+    if message.square_sums is None:
+        return reduction.reduce(message.output, site)
+    return message.whole(*reduction.reduce_with(message.output, message.square_sums, site))
+
+
+def start_partials(partials: Sequence[Partial], reduction: Reduction, site: Site) -> Callable[[], torch.Tensor]:
+    """`reduce_partials` in two steps: begins the collective, and returns how to wait for the output. For inference."""
+    message = _Message.of(partials)
+    if message.square_sums is None:
+        return reduction.start(message.output, site).wait
+    wait = _start_with(message.output, message.square_sums, reduction, site)
+    return lambda: message.whole(*wait())
+
+
+def _start_with(
+    output: torch.Tensor, exact: torch.Tensor, reduction: Reduction, site: Site
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """`Reduction.reduce_with` in two steps; the same bits, but nothing is quantized."""
+    width, dtype = output.shape[-1], output.dtype
+    is_bf16 = dtype is torch.bfloat16
+    exact = exact_parts.to_bf16(exact, reduction.rank, reduction.size) if is_bf16 else exact
+    together = torch.cat([output.to(exact.dtype), exact], dim=-1)
+    handle = reduction.start(together, replace(site, quantizable=False))
+
+    def wait() -> tuple[torch.Tensor, torch.Tensor]:
+        output, sums = handle.wait().tensor_split([width], dim=-1)
+        return output.to(dtype), exact_parts.from_bf16(sums, reduction.size) if is_bf16 else sums
+
+    return wait
+
+
+class _Message(NamedTuple):
+    """What a rank hands over for the parts of a sublayer.
+
+    Args:
+        output: [B, L, …], the outputs that are scaled, each behind the other, then the sum of the others.
+        square_sums: [B, L, groups of all that are scaled]; None where none is.
+        scaled: those that are.
+        widths: of the outputs, one behind the other.
+    """
+
+    output: torch.Tensor
+    square_sums: torch.Tensor | None
+    scaled: Sequence[Partial]
+    widths: Sequence[int]
+
+    @classmethod
+    def of(cls, partials: Sequence[Partial]) -> _Message:
+        plain = [partial.output for partial in partials if partial.square_sums is None]
+        scaled = [partial for partial in partials if partial.square_sums is not None]
+        plain = [sum(plain[1:], plain[0])] if plain else []
+        if not scaled:
+            return cls(plain[0], None, (), ())
+        outputs = [*(partial.output.flatten(2) for partial in scaled), *plain]
+        sums = _cat([partial.square_sums for partial in scaled])
+        return cls(_cat(outputs), sums, scaled, [output.shape[-1] for output in outputs])
+
+    def whole(self, total: torch.Tensor, square_sums: torch.Tensor) -> torch.Tensor:
+        """[B, L, D], the sum of the parts' outputs, of what was handed over once it is summed over the ranks."""
+        pieces = total.split(self.widths, dim=-1)
+        counts = [partial.square_sums.shape[-1] for partial in self.scaled]
+        result = pieces[-1] if len(pieces) > len(counts) else None
+        for partial, piece, sums in zip(self.scaled, pieces, square_sums.split(counts, dim=-1), strict=False):
+            output = partial.scaled(piece.unflatten(2, partial.output.shape[2:]), sums)
+            result = output if result is None else result + output
+        return result
 
 
 def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from megatron_ssm.collectives import OUT_PROJ, Reduction
+from megatron_ssm.collectives import Reduction
+from megatron_ssm.families import tables
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.mixers import make_part
 from megatron_ssm.norm import RMSNorm
-from megatron_ssm.partial import reduce_partials
+from megatron_ssm.partial import Partial
 from megatron_ssm.plan import SharedBlock
 from megatron_ssm.state import LayerState
+from megatron_ssm.sums import Sums
 
 
 class SharedAttentionBlock(nn.Module):
@@ -41,21 +43,20 @@ class SharedAttentionBlock(nn.Module):
     ):
         super().__init__()
         place = {"reduction": reduction, "dtype": dtype}
-        self.reduction = reduction
         self.input_layernorm = RMSNorm(table["input_layernorm.weight"], eps=eps, dtype=dtype)
         self.self_attn = make_part(shared.attention, below("self_attn", table), **place)
         self.pre_ff_layernorm = RMSNorm(table["pre_ff_layernorm.weight"], eps=eps, dtype=dtype)
         self.feed_forward = make_part(shared.feed_forward, below("feed_forward", table), **place)
 
-    def forward(
+    def step(
         self,
         stream: torch.Tensor,
         embeddings: torch.Tensor,
         number: int,
         state: LayerState | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[B, L, D], whole on every rank.
+    ) -> Sums[torch.Tensor]:
+        """[B, L, D], whole on every rank; it asks for two sums, as a layer does.
 
         Args:
             stream: [B, L, D], the residual stream.
@@ -64,13 +65,14 @@ class SharedAttentionBlock(nn.Module):
             state, cu_seqlens: of that layer, as attention takes them.
         """
         hidden = self.input_layernorm(torch.cat([stream, embeddings.to(stream.dtype)], dim=-1))
-        hidden = self._whole(self.self_attn, self.self_attn(hidden, state, cu_seqlens, number))
+        hidden = yield from _whole(self.self_attn, self.self_attn(hidden, state, cu_seqlens, number))
         hidden = self.pre_ff_layernorm(hidden)
-        return self._whole(self.feed_forward, self.feed_forward(hidden, adapter=number))
+        return (yield from _whole(self.feed_forward, self.feed_forward(hidden, adapter=number)))
 
-    def _whole(self, part: nn.Module, partial) -> torch.Tensor:
-        output = reduce_partials([partial], self.reduction, OUT_PROJ)
-        return output if part.output_bias is None else output + part.output_bias
+
+def _whole(part: nn.Module, partial: Partial) -> Sums[torch.Tensor]:
+    output = yield [partial], tables.output_site(part.config)
+    return output if part.output_bias is None else output + part.output_bias
 
 
 def below(name: str, table: Mapping[str, ParameterLayout]) -> dict[str, ParameterLayout]:

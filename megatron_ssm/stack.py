@@ -8,16 +8,20 @@ import torch
 from torch import nn
 
 from megatron_ssm.block import Block
+from megatron_ssm.chunks import Chunk, split
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.families import Family, tables
 from megatron_ssm.families.family import layer_parameters, shared_parameters
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.linear import VocabParallelEmbedding
+from megatron_ssm.mixers import Mamba1Mixer
 from megatron_ssm.norm import RMSNorm
+from megatron_ssm.overlap import Overlap
 from megatron_ssm.pinned_dtype import PinnedDtype
 from megatron_ssm.plan import ModelPlan
 from megatron_ssm.shared_block import SharedAttentionBlock
 from megatron_ssm.state import LayerState
+from megatron_ssm.sums import Sums, alone, in_turn
 
 
 class Stack(PinnedDtype):
@@ -36,6 +40,7 @@ class Stack(PinnedDtype):
     def __init__(self, plan: ModelPlan, family: Family, *, reduction: Reduction, dtype: torch.dtype):
         super().__init__()
         self.plan = plan
+        self.reduction = reduction
         embedding = VocabParallelEmbedding(tables.vocabulary(plan), reduction=reduction, dtype=dtype)
         norm = RMSNorm(ParameterLayout(shape=(plan.hidden_size,)), eps=plan.norm_eps, dtype=dtype)
         self.add_module(family.embedding, embedding)
@@ -53,6 +58,14 @@ class Stack(PinnedDtype):
         )
         self.add_module(family.final_norm, norm)
         self._names = family.embedding, family.final_norm
+        self.hide(Overlap())
+
+    def hide(self, overlap: Overlap) -> None:
+        """Say which reductions are hidden behind work from now on; the same on every rank."""
+        self.overlap = overlap
+        for module in self.modules():
+            if isinstance(module, Mamba1Mixer):
+                module.waits_late = overlap.waits_late
 
     @property
     def embedding(self) -> VocabParallelEmbedding:
@@ -88,12 +101,33 @@ class Stack(PinnedDtype):
             cu_seqlens: [sequences + 1] int32, where each packed sequence begins; None for one sequence a row.
             watch: called with the stream before each layer.
         """
+        chunks = None if watch is not None else self._chunks(embeddings, states, cu_seqlens)
+        if chunks is None:
+            return alone(self._run_layers(embeddings, states, cu_seqlens, watch), self.reduction)
+        runs = [
+            self._run_layers(embeddings[:, chunk.tokens].contiguous(), chunk.of(states), chunk.cu_seqlens)
+            for chunk in chunks
+        ]
+        outputs, streams = zip(*in_turn(runs, self.reduction), strict=True)
+        return torch.cat(outputs, dim=1), torch.cat(streams, dim=1)
+
+    def _run_layers(self, embeddings, states, cu_seqlens, watch=None) -> Sums[tuple[torch.Tensor, torch.Tensor]]:
         hidden, residual = embeddings, None
         for index, block in enumerate(self.layers):
             if watch is not None:
                 watch(hidden if residual is None else residual + hidden)
-            hidden, residual = block.step(hidden, residual, states(index), cu_seqlens, embeddings)
+            hidden, residual = yield from block.step(hidden, residual, states(index), cu_seqlens, embeddings)
         return hidden, residual
+
+    def _chunks(self, embeddings, states, cu_seqlens) -> tuple[Chunk, Chunk] | None:
+        """How a prefill is split; None where it is not: where a gradient is asked for, or no state can be carried."""
+        rows, length, width = embeddings.shape
+        if length == 1 or torch.is_grad_enabled():
+            return None
+        if not self.overlap.wants_chunks(self.reduction, rows * length, width):
+            return None
+        state = states(0)
+        return None if state is None else split(length, cu_seqlens, state)
 
     def normed(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What the head reads, of a last output and the stream it is still to be added to."""

@@ -28,6 +28,12 @@ def main() -> int:
     parser.add_argument("--window", type=int, metavar="N", help="beside it that of the state emptied every N tokens")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--reduction", default="auto", help="auto, shared_memory or torch: how the ranks add up")
+    parser.add_argument(
+        "--quantized-all-reduce",
+        default="off",
+        metavar="CODEC",
+        help="int8, fp8-e4m3, int6, int4; with --reduction torch",
+    )
     parser.add_argument("--json", action="store_true", help="one line a file, and one for all")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
@@ -46,8 +52,8 @@ def main() -> int:
             raise ValueError("expected --positions beside --window, found none")
         if not files:
             raise ValueError("expected files, or --held-out, found neither")
-        options = {"model": arguments.model, "dtype": arguments.dtype, "reduction": arguments.reduction}
-        with Session(InferenceConfig(**options)) as session:
+        names = ("model", "dtype", "reduction", "quantized_all_reduce")
+        with Session(InferenceConfig(**{name: getattr(arguments, name) for name in names})) as session:
             engine, tokenizer, positions = session.engine, session.tokenizer, []
             if arguments.positions is not None:
                 positions = score_positions(

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ssm.collectives import EMBEDDING, NORM_SUMS, OUT_PROJ, X_PROJ
+from megatron_ssm.collectives import EMBEDDING, NORM_SUMS, X_PROJ
 from megatron_ssm.collectives.exact import places
 from megatron_ssm.config import Mamba1Config, Mamba2Config, PartConfig
+from megatron_ssm.families import tables
 from megatron_ssm.gated_norm import norm_way
 from megatron_ssm.plan import Layer, ModelPlan, Sublayer
+from ssm_kernels.codecs import RAW, Codec
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,22 @@ class Collective:
             return (self.values + places(self.exact, ranks)) * dtype.itemsize
         return (self.values + self.exact) * wide.itemsize
 
+    def message_bytes(self, tokens: int, dtype: torch.dtype, codec: Codec | None = None) -> int:
+        """What a rank hands over for some tokens where ranks exchange messages.
+
+        Args:
+            tokens: of all sequences together.
+            dtype: the model runs in, fp32, bf16 or fp16.
+            codec: of the values, where their site bears one; None for their own dtype.
+        """
+        values = RAW[dtype] if codec is None else codec
+        return RAW[torch.float32].nbytes(tokens * self.exact) + values.nbytes(tokens * self.values)
+
 
 def model_collectives(plan: ModelPlan, ranks: int, tokens: int, dtype: torch.dtype) -> tuple[Collective, ...]:
     """All collectives of one forward pass up to the head, in order.
+
+    A prefill that runs as two chunks makes those of the layers once a chunk, for that chunk's tokens.
 
     Args:
         plan: of the model.
@@ -65,7 +80,8 @@ def layer_collectives(
     """The collectives of one layer over two or more ranks, in order; arguments as for a model."""
     found = []
     if layer.shared is not None:
-        found += [Collective(OUT_PROJ.name, hidden_size)] * 2  # attention, feed-forward
+        shared = (layer.shared.attention, layer.shared.feed_forward)
+        found += [Collective(tables.output_site(part).name, hidden_size) for part in shared]
     for sublayer in layer.sublayers:
         for part in sublayer.parts:
             found += _within(part.config, ranks, tokens, dtype)
@@ -89,7 +105,7 @@ def _output(sublayer: Sublayer, hidden_size: int, ranks: int, tokens: int, dtype
     scaled = [config for config in configs if _way(config, ranks, tokens, dtype) in ("after", "by_group")]
     groups = sum(config.groups for config in scaled)
     plain = len(scaled) < len(sublayer.parts)
-    return Collective(OUT_PROJ.name, (groups + plain) * hidden_size, groups)
+    return Collective(tables.joint_site(sublayer).name, (groups + plain) * hidden_size, groups)
 
 
 def _way(part: PartConfig, ranks: int, tokens: int, dtype: torch.dtype) -> str:

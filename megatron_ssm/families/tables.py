@@ -2,6 +2,7 @@
 
     parameters(config)   names below the part -> layouts
     state(config)        what one sequence leaves in it -> layouts
+    output_site(config)  where in the model its output is summed over the ranks
 
 Everything between two reductions is cut by heads or by the inner width, so a part's recurrence never leaves its rank.
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import singledispatch
 
+from megatron_ssm.collectives import DOWN_PROJ, O_PROJ, OUT_PROJ, Site
 from megatron_ssm.config import AttentionConfig, Mamba1Config, Mamba2Config, MLPConfig, MoEConfig
 from megatron_ssm.layout import ParameterLayout, Segment
-from megatron_ssm.plan import ModelPlan
+from megatron_ssm.plan import ModelPlan, Sublayer
 
 Table = dict[str, ParameterLayout]
 
@@ -46,6 +48,17 @@ def vocabulary(plan: ModelPlan) -> ParameterLayout:
 def state(config) -> dict[str, StateLayout]:
     """What one sequence leaves in a part, by LayerState's field; nothing, for most kinds."""
     return {}
+
+
+@singledispatch
+def output_site(config) -> Site:
+    """The site at which a part's output is summed."""
+    raise TypeError(f"no site for {type(config).__name__}")
+
+
+def joint_site(sublayer: Sublayer) -> Site:
+    """The site of the one reduction that a sublayer's parts share."""
+    return Site.joint([output_site(part.config) for part in sublayer.parts])
 
 
 # Mamba-1: in_proj, conv1d, dt_proj and A by their rows, x_proj and out_proj by their columns.
@@ -108,6 +121,11 @@ def _(config: Mamba1Config) -> dict[str, StateLayout]:
     }
 
 
+@output_site.register
+def _(config: Mamba1Config) -> Site:
+    return OUT_PROJ
+
+
 # Mamba-2: all by heads; B and C go where the heads of their groups are.
 
 
@@ -160,6 +178,11 @@ def _(config: Mamba2Config) -> dict[str, StateLayout]:
     }
 
 
+@output_site.register
+def _(config: Mamba2Config) -> Site:
+    return OUT_PROJ
+
+
 # Attention: by heads; keys and values go where the query heads that read them are.
 
 
@@ -199,6 +222,11 @@ def _(config: AttentionConfig) -> dict[str, StateLayout]:
     groups = (Segment("all", config.key_value_heads, heads=config.heads, groups=config.key_value_heads),)
     layout = ParameterLayout(shape=(config.key_value_heads, config.head_size), dim=0, segments=groups)
     return {"keys": StateLayout(layout, grows=True), "values": StateLayout(layout, grows=True)}
+
+
+@output_site.register
+def _(config: AttentionConfig) -> Site:
+    return O_PROJ
 
 
 # Feed-forward layers: gate and up by their rows, down by its columns.
@@ -265,3 +293,9 @@ def _(config: MoEConfig) -> Table:
 
 def _stacked(layout: ParameterLayout, count: int) -> ParameterLayout:
     return ParameterLayout(shape=(count, *layout.shape), dim=layout.dim + 1, segments=layout.segments)
+
+
+@output_site.register(MLPConfig)
+@output_site.register(MoEConfig)
+def _(config) -> Site:
+    return DOWN_PROJ

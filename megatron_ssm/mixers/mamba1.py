@@ -4,12 +4,15 @@
                       └▶ z ──────────────────────────────────────────────────────┘
 
 Everything between that small reduction and the one of the output, which the caller does, touches this rank's I/T
-channels only. Gu & Dao 2023, section 3.4; names of the parameters are those on disk.
+channels only. The small one is under way while z is computed: x and z are two products with the two halves of in_proj.
+Gu & Dao 2023, section 3.4; names of the parameters are those on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +26,32 @@ from megatron_ssm.norm import RMSNorm
 from megatron_ssm.partial import Partial
 from megatron_ssm.state import LayerState
 
+# Up to here one product for x and z is faster than two, by more than a reduction behind the second can win.
+FEW_TOKENS = 64
+
+
+class Selection(NamedTuple):
+    """What a head on this rank selects by; still on its way, perhaps.
+
+    Attributes:
+        channels: the head's, of those on this rank.
+        dt_proj: [channels, R], its weight.
+        wait: () -> [..., R + 2N], (dt, B, C) with dt not projected yet, summed over the ranks that share the head.
+    """
+
+    channels: slice
+    dt_proj: torch.Tensor
+    wait: Callable[[], torch.Tensor]
+
 
 class Mamba1Mixer(Recurrent):
-    """One rank's piece of a Mamba-1 mixer; arguments and errors are those of Recurrent."""
+    """One rank's piece of a Mamba-1 mixer; arguments and errors are those of Recurrent.
+
+    Attributes:
+        waits_late: (dt, B, C) are waited for behind z's product, not before it; the results are the same bits.
+    """
+
+    waits_late = True
 
     def __init__(
         self, config: Mamba1Config, table: Mapping[str, ParameterLayout], *, reduction: Reduction, dtype: torch.dtype
@@ -54,28 +80,32 @@ class Mamba1Mixer(Recurrent):
                 do not flow through it.
             cu_seqlens: [sequences + 1] int32, where each packed sequence begins; None for one sequence a row.
         """
-        x, z = self.in_proj.split(self.in_proj(self.reduction.copy_to_ranks(hidden)))
-        if self.is_step(x, state, cu_seqlens):
-            y = self._step(x.squeeze(1), z.squeeze(1), state).unsqueeze(1)
+        hidden = self.reduction.copy_to_ranks(hidden)
+        if self.is_step(hidden, state, cu_seqlens):
+            y = self._step(hidden.squeeze(1), state).unsqueeze(1)
         else:
-            y = self._scan(x, z, state, cu_seqlens)
+            y = self._scan(hidden, state, cu_seqlens)
         return Partial(self.out_proj(y))
 
-    def _scan(self, x, z, state: LayerState | None, cu_seqlens):  # x, z: [B, L, I/T]
+    def _scan(self, hidden, state: LayerState | None, cu_seqlens):  # [B, L, D] -> [B, L, I/T]
+        x, later = self._x_and_z(hidden)
         carried = self.carried(x, state, cu_seqlens)
         x = self.convolve(x, state, carried)
+        selections, z = self._selections(x), later()
         outputs = []
-        for channels, dt, B, C in self._dt_b_c(x):
+        for channels, dt, B, C in map(self._dt_b_c, selections):
             own = x[..., channels], dt, self.A()[channels], B, C, self.D.flatten()[channels], z[..., channels]
             pool = None if state is None else state.ssm[:, channels]
             bias = self._dt_bias()[channels]
             outputs.append(carry(ssm_kernels.selective_scan, *own, bias, True, pool=pool, **carried))
         return _joined(outputs)
 
-    def _step(self, x, z, state: LayerState):  # x, z: [B, I/T]
+    def _step(self, hidden, state: LayerState):  # [B, D] -> [B, I/T]
+        x, later = self._x_and_z(hidden)
         x = self.convolve_step(x, state)
+        selections, z = self._selections(x), later()
         outputs = []
-        for channels, dt, B, C in self._dt_b_c(x):
+        for channels, dt, B, C in map(self._dt_b_c, selections):
             own = x[..., channels], dt, self.A()[channels], B, C, self.D.flatten()[channels], z[..., channels]
             pool, bias = state.ssm[:, channels], self._dt_bias()[channels]
             outputs.append(ssm_kernels.selective_state_update(pool, *own, bias, True, state_indices=state.indices))
@@ -87,17 +117,38 @@ class Mamba1Mixer(Recurrent):
     def _dt_bias(self) -> torch.Tensor:  # [I/T]
         return self.dt_proj.bias
 
-    def _dt_b_c(self, x):
-        """(channels, dt [..., their number], B [..., N], C [..., N]) of each head on this rank; here there is one."""
-        dt, B, C = self._normed(self._summed(self.x_proj(x)))
-        # The bias of dt goes into the scan, which adds it in fp32.
-        yield slice(None), ssm_kernels.linear(dt.to(self.dt_proj.weight.dtype), self.dt_proj.weight), B, C
+    def _x_and_z(self, hidden) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """x, and how to get z once it is needed."""
+        if not self._hides(hidden):
+            x, z = self.in_proj.split(self.in_proj(hidden))
+            return x, lambda: z
+        return self.in_proj.segment(hidden, "x"), partial(self.in_proj.segment, hidden, "z")
 
-    def _summed(self, partial: torch.Tensor) -> torch.Tensor:
+    def _hides(self, hidden: torch.Tensor) -> bool:
+        """Whether a reduction can be hidden behind z's product."""
+        is_long = hidden.numel() > FEW_TOKENS * hidden.shape[-1]
+        return is_long and self.reduction.size > 1 and not self.learns(hidden)
+
+    def _selections(self, x) -> list[Selection]:
+        """What each head on this rank selects by, under way; here there is one."""
+        return [Selection(slice(None), self.dt_proj.weight, self._summed(self.x_proj(x)))]
+
+    def _dt_b_c(self, selection: Selection):
+        """(channels, dt [..., their number], B [..., N], C [..., N]) of a head."""
+        dt, B, C = self._normed(selection.wait())
+        # The bias of dt goes into the scan, which adds it in fp32.
+        dt = ssm_kernels.linear(dt.to(selection.dt_proj.dtype), selection.dt_proj)
+        return selection.channels, dt, B, C
+
+    def _summed(self, dt_b_c: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """How to wait for the sum over the ranks, which is under way."""
         if self.reduction.size > 1:
             # They feed softplus and exp: the ranks' sums are added, and B and C kept, in fp32.
-            partial = partial.to(self.A_log.dtype)
-        return self.reduction.reduce(partial, X_PROJ)
+            dt_b_c = dt_b_c.to(self.A_log.dtype)
+        if self.waits_late and self._hides(dt_b_c):
+            return self.reduction.start(dt_b_c, X_PROJ).wait
+        total = self.reduction.reduce(dt_b_c, X_PROJ)
+        return lambda: total
 
     def _normed(self, dt_b_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         config = self.config

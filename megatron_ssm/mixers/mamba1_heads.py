@@ -7,13 +7,13 @@ do not share it put zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 import ssm_kernels
 from megatron_ssm.layout import ParameterLayout
-from megatron_ssm.mixers.mamba1 import Mamba1Mixer
+from megatron_ssm.mixers.mamba1 import Mamba1Mixer, Selection
 
 
 class MultiHeadMamba1Mixer(Mamba1Mixer):
@@ -30,17 +30,21 @@ class MultiHeadMamba1Mixer(Mamba1Mixer):
     def _dt_bias(self) -> torch.Tensor:
         return self.dt_proj_bias.flatten()
 
-    def _dt_b_c(self, x):
-        width = self.dt_proj_weight.shape[1]
+    def _hides(self, hidden: torch.Tensor) -> bool:
+        return self._shared_head is not None and super()._hides(hidden)
+
+    def _selections(self, x) -> list[Selection]:
+        width, selections = self.dt_proj_weight.shape[1], []
         for head, (x_proj, dt_proj) in enumerate(zip(self.x_proj_weight, self.dt_proj_weight, strict=True)):
             channels = slice(head * width, (head + 1) * width)
             dt_b_c = ssm_kernels.linear(x[..., channels], x_proj)
-            if self._shared_head is not None:
-                dt_b_c = self._summed_by_head(dt_b_c)
-            dt, B, C = self._normed(dt_b_c)
-            yield channels, ssm_kernels.linear(dt.to(dt_proj.dtype), dt_proj), B, C
+            selections.append(Selection(channels, dt_proj, self._summed_by_head(dt_b_c)))
+        return selections
 
-    def _summed_by_head(self, partial: torch.Tensor) -> torch.Tensor:  # [..., R + 2N]
-        nothing = torch.zeros_like(partial)
-        places = [partial if head == self._shared_head else nothing for head in range(self.config.heads)]
-        return self._summed(torch.cat(places, dim=-1)).chunk(self.config.heads, dim=-1)[self._shared_head]
+    def _summed_by_head(self, dt_b_c: torch.Tensor) -> Callable[[], torch.Tensor]:  # [..., R + 2N]
+        if self._shared_head is None:
+            return lambda: dt_b_c
+        nothing = torch.zeros_like(dt_b_c)
+        places = [dt_b_c if head == self._shared_head else nothing for head in range(self.config.heads)]
+        wait = self._summed(torch.cat(places, dim=-1))
+        return lambda: wait().chunk(self.config.heads, dim=-1)[self._shared_head]

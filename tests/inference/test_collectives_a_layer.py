@@ -10,7 +10,8 @@ import torch
 from tiny import random_ids, tiny_checkpoint, tiny_model
 from tiny_variants import ALL_VARIANTS, sizes
 
-from megatron_ssm.families import families, family_of
+from megatron_ssm.collectives import DOWN_PROJ, EMBEDDING, NORM_SUMS, O_PROJ, OUT_PROJ, X_PROJ, Site
+from megatron_ssm.families import families, family_of, tables
 from megatron_ssm.families.communication import layer_collectives, model_collectives
 
 ROWS, LENGTH = 2, 7
@@ -108,13 +109,31 @@ def test_the_fewest_are_declared():
     assert set(_a_layer("mamba2", 4)) == {(("out_proj", 24, 1),)}  # one group over all: its sum travels along
     assert set(_a_layer("mamba2-groups2", 4)) == {(("out_proj", 48, 2),)}  # few tokens: an output for each group
     assert set(_a_layer("mamba2-groups2", 4, tokens=4096)) == {(("norm_sums", 0, 2), *one)}
-    assert set(_a_layer("zamba", 2)) == {one, one * 3}  # a mixer; behind the shared block's attention and MLP
-    assert set(_a_layer("zamba", 4)) == {(("x_proj", 0, 2 * (5 + 2 * 6)), *one), (*one * 2, ("x_proj", 0, 34), *one)}
+    shared = (("o_proj", 24, 0), ("down_proj", 24, 0))  # the block that layers share: attention and MLP
+    assert set(_a_layer("zamba", 2)) == {one, (*shared, *one)}
+    by_head = ("x_proj", 0, 2 * (5 + 2 * 6))
+    assert set(_a_layer("zamba", 4)) == {(by_head, *one), (*shared, by_head, *one)}
     hidden = tiny_model("falcon_h1").config.hidden_size
-    both = ("out_proj", hidden, 0)
-    assert set(_a_layer("falcon_h1", 4)) == {(both, both)}  # mixer and attention together, then the MLP
-    scaled = ("out_proj", 3 * hidden, 2)  # with a norm that spans the ranks, the mixer's outputs are scaled alone
-    assert set(_a_layer("falcon_h1-norm-after-gate", 4)) == {(scaled, both)}
+    both, mlp = ("out_proj+o_proj", hidden, 0), ("down_proj", hidden, 0)
+    assert set(_a_layer("falcon_h1", 4)) == {(both, mlp)}  # mixer and attention together, then the MLP
+    scaled = ("out_proj+o_proj", 3 * hidden, 2)  # a norm that spans the ranks: the mixer's outputs are scaled alone
+    assert set(_a_layer("falcon_h1-norm-after-gate", 4)) == {(scaled, mlp)}
+    granite = _a_layer("granitemoehybrid", 2)  # an MLP beside experts is one sum at one site
+    assert {site for layer in granite for site, *_ in layer} == {"out_proj", "o_proj", "down_proj"}
+
+
+def test_only_what_sublayers_add_to_the_stream_may_be_summed_coarsely():
+    def sites(variant):
+        config = tiny_model(variant).config
+        layers = family_of(config).plan(config).layers
+        return {tables.joint_site(sublayer) for layer in layers for sublayer in layer.sublayers}
+
+    both = Site("out_proj+o_proj", backward_reduces=False, quantizable=True)
+    assert sites("falcon_h1") == {both, DOWN_PROJ}
+    assert sites("granitemoehybrid") == sites("jamba") == {OUT_PROJ, O_PROJ, DOWN_PROJ}
+    assert all(site.quantizable and not site.gradient.quantizable for site in (OUT_PROJ, O_PROJ, DOWN_PROJ, both))
+    assert not any(site.quantizable for site in (EMBEDDING, NORM_SUMS, X_PROJ))
+    assert not Site.joint([OUT_PROJ, EMBEDDING]).quantizable
 
 
 def test_one_rank_needs_none_and_every_family_declares():

@@ -11,6 +11,7 @@ from deepspeed_inference import engine, init_inference, placement, session
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.prompts import Prompt
 from deepspeed_inference.sampling import Sampling
+from megatron_ssm.overlap import Overlap
 
 
 @pytest.fixture
@@ -63,6 +64,13 @@ def test_kernels(noted):
     for kernels, expected in (("reference", "reference (forced)"), ("auto", "native")):
         init_inference(tiny_checkpoint(), kernels=kernels)(ids)
         assert ssm_kernels.backend_report()["selective_scan"].startswith(expected)
+
+
+def test_hide_reductions():
+    for choice in ("auto", "always", "never"):
+        stack = init_inference(tiny_checkpoint(), hide_reductions=choice).stack
+        assert stack.overlap == Overlap(choice)
+        assert {layer.mixer.waits_late for layer in stack.layers} == {choice != "never"}
 
 
 def test_progress(noted):

@@ -1,0 +1,57 @@
+"""When reductions are hidden behind work, by the engine's option `hide_reductions`.
+
+mixers     wait for (dt, B, C) behind the product that gives z (Mamba-1); the same bits either way
+prefill    runs as two chunks of tokens, and while the output of one is summed over the ranks the other computes
+
+"never"    neither
+"always"   both; two chunks wherever there are tokens enough to split
+"auto"     mixers wait late; two chunks where that was measured to be faster
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ssm.collectives import Reduction
+from megatron_ssm.collectives.shared_memory import SharedMemoryReduction
+
+# Two ranks of one thread on hosts 1 Gbit/s apart, 130M parameters, bf16: below, the second chunk's own cost (smaller
+# products, weights read twice) is more than what it hides.
+TWO_CHUNKS_FROM = 512
+HIDE_REDUCTIONS = ("auto", "always", "never")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What is hidden, by the choice of the user.
+
+    Args:
+        hide_reductions: one of HIDE_REDUCTIONS.
+    """
+
+    hide_reductions: str = "auto"
+
+    def __post_init__(self):
+        assert self.hide_reductions in HIDE_REDUCTIONS, self.hide_reductions
+
+    @property
+    def waits_late(self) -> bool:
+        """Whether mixers wait for their small reductions only where they need the result."""
+        return self.hide_reductions != "never"
+
+    def wants_chunks(self, reduction: Reduction, tokens: int, hidden_size: int) -> bool:
+        """Whether a prefill of so many tokens is to run as two chunks; the same on every rank."""
+        if reduction.size == 1 or self.hide_reductions == "never":
+            return False
+        return self.hide_reductions == "always" or two_chunks_pay(reduction, tokens, hidden_size)
+
+
+def two_chunks_pay(reduction: Reduction, tokens: int, hidden_size: int) -> bool:
+    """Whether two chunks were measured to be faster than one.
+
+    Args:
+        reduction: how the ranks sum. In shared memory each adds by itself what it waits for, nothing goes on meanwhile.
+        tokens: of the prefill.
+        hidden_size: numbers a token in each sum.
+    """
+    return not isinstance(reduction, SharedMemoryReduction) and tokens >= TWO_CHUNKS_FROM
