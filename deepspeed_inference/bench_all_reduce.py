@@ -27,6 +27,7 @@ from deepspeed_inference.emulated_hosts import (
     on_ranks_of,
     sent_bytes,
 )
+from deepspeed_inference.freed_memory import keep_freed_memory
 
 OWN = "own"  # this machine's own link: loopback, and shared memory beside it
 LINKS = {OWN: None, "0.2": 0.2, "1": 1.0, "10": 10.0}  # Gbit/s
@@ -221,6 +222,7 @@ def _time_arms(codecs: Sequence[str], sizes: Sequence[int], rounds: int, is_own:
     from megatron_ssm.collectives import OUT_PROJ, init_groups, make_quantized_reduction, make_reduction
 
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the engine does
     group = init_groups().tensor_group
     arms = {"plain": make_reduction(group, "cpu", kind="torch")}
     if is_own:

@@ -10,14 +10,13 @@ output and the scale is applied behind the reduction:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 import ssm_kernels
 from megatron_ssm.collectives import Reduction, Site
-from megatron_ssm.collectives import exact as exact_parts
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,8 @@ def start_partials(partials: Sequence[Partial], reduction: Reduction, site: Site
     message = _Message.of(partials)
     if message.square_sums is None:
         return reduction.start(message.output, site).wait
-    wait = _start_with(message.output, message.square_sums, reduction, site)
+    wait = reduction.start_with(message.output, message.square_sums, site)
     return lambda: message.whole(*wait())
-
-
-def _start_with(
-    output: torch.Tensor, exact: torch.Tensor, reduction: Reduction, site: Site
-) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """`Reduction.reduce_with` in two steps; the same bits, but nothing is quantized."""
-    width, dtype = output.shape[-1], output.dtype
-    is_bf16 = dtype is torch.bfloat16
-    exact = exact_parts.to_bf16(exact, reduction.rank, reduction.size) if is_bf16 else exact
-    together = torch.cat([output.to(exact.dtype), exact], dim=-1)
-    handle = reduction.start(together, replace(site, quantizable=False))
-
-    def wait() -> tuple[torch.Tensor, torch.Tensor]:
-        output, sums = handle.wait().tensor_split([width], dim=-1)
-        return output.to(dtype), exact_parts.from_bf16(sums, reduction.size) if is_bf16 else sums
-
-    return wait
 
 
 class _Message(NamedTuple):

@@ -2,11 +2,10 @@
 
 Public ops, all token-major and differentiable unless they update a state in place; each has a plain PyTorch twin of the
 same signature in `ssm_kernels.reference`. `dispatch` chooses the backend. `quantize` and the two sums are for wires
-between ranks (`codecs`) and carry no gradient.
+between ranks, whose formats are in `ssm_kernels.codecs`, and carry no gradient.
 """
 
 from ssm_kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
-from ssm_kernels.codecs import CODECS, RAW, Codec, codec_named
 from ssm_kernels.dispatch import backend_report, use_backend
 from ssm_kernels.gated_rms_norm import gated_product, gated_rms_norm
 from ssm_kernels.linear import linear
@@ -17,13 +16,9 @@ from ssm_kernels.selective_scan import selective_scan, selective_state_update
 from ssm_kernels.ssd_scan import ssd_scan, ssd_state_update
 
 __all__ = [
-    "CODECS",
-    "RAW",
-    "Codec",
     "backend_report",
     "causal_conv1d",
     "causal_conv1d_update",
-    "codec_named",
     "dequantize_sum",
     "gated_product",
     "gated_rms_norm",

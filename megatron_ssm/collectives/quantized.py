@@ -129,13 +129,17 @@ class QuantizedReduction(Reduction):
         return self.codec_of(partial.nbytes, partial.dtype, site) if partial.numel() else None
 
     def _begin(self, tensors: Sequence[tuple[Tensor, Codec]], site: Site, overlaps: bool) -> _Handle:
-        if self._problem is not None:
-            raise ReductionError(f"rank {self.rank}: this reduction cannot be used any more: {self._problem}")
+        self.check()
         try:
             return _Handle(self, tensors, site, overlaps)
         except ReductionError as error:
             self.fail(error)
             raise
+
+    def check(self) -> None:
+        """Raise ReductionError if there was an error, or it is closed."""
+        if self._problem is not None:
+            raise ReductionError(f"rank {self.rank}: this reduction cannot be used any more: {self._problem}")
 
     def fail(self, error: ReductionError) -> None:
         """Refuse whatever comes after an error: the ranks are out of step."""
@@ -173,6 +177,8 @@ class _Handle(Handle):
         return self.wait_all()[0]
 
     def wait_all(self) -> list[Tensor]:
+        if self._transfer is not None or self._gathered:
+            self._reduction.check()
         try:
             if self._transfer is not None:
                 self._transfer.finish()

@@ -16,6 +16,7 @@ import torch
 
 import ssm_kernels
 from ssm_kernels import backend_report, dispatch, native, rms_norm, use_backend
+from ssm_kernels.codecs import CODECS
 
 KERNELS = Path(ssm_kernels.__file__).parent.parent
 NORMS = """
@@ -110,6 +111,8 @@ def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
     monkeypatch.setattr(dispatch, "_unavailable", lambda: "no compiler")
     x, pool = torch.ones(1, 4, 4), torch.ones(1, 4, 1)
     heads = x[..., None]
+    codec = CODECS["int8"]
+    wire = torch.zeros(codec.nbytes(4), dtype=torch.uint8)
     calls = {
         "rms_norm": lambda: rms_norm(x),
         "causal_conv1d": lambda: ssm_kernels.causal_conv1d(x, torch.ones(4, 2)),
@@ -125,6 +128,9 @@ def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
         "gated_rms_norm": lambda: ssm_kernels.gated_rms_norm(x, x),
         "gated_product": lambda: ssm_kernels.gated_product(x, x),
         "scale_rows": lambda: ssm_kernels.scale_rows(x, x[..., 0]),
+        "quantize": lambda: ssm_kernels.quantize(x[0, 0], codec),
+        "dequantize_sum": lambda: ssm_kernels.dequantize_sum([wire], codec, 4, torch.float32),
+        "quantize_sum": lambda: ssm_kernels.quantize_sum([wire], codec, 4),
     }
     for op, call in calls.items():
         monkeypatch.setattr(dispatch, "_warned", False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import ssm_kernels
-from ssm_kernels import CODECS, RAW, codec_named, dequantize_sum, quantize, quantize_sum, reference
-from ssm_kernels.codecs import ALIGNMENT, Codec
+from ssm_kernels import dequantize_sum, quantize, quantize_sum, reference
+from ssm_kernels.codecs import ALIGNMENT, CODECS, RAW, Codec, codec_named
 
 DTYPES = list(RAW)
 SIZES = [0, 1, 31, 32, 33, 63, 64, 65, 127, 129, 4096, 100003]

@@ -13,8 +13,11 @@ import ssm_kernels
 from ssm_kernels import (
     causal_conv1d,
     causal_conv1d_update,
+    dequantize_sum,
     gated_product,
     gated_rms_norm,
+    quantize,
+    quantize_sum,
     rms_norm,
     scale_rows,
     selective_scan,
@@ -22,6 +25,7 @@ from ssm_kernels import (
     ssd_scan,
     ssd_state_update,
 )
+from ssm_kernels.codecs import CODECS
 
 CHANNELS, STATES, LENGTH, STARTS = 40, 16, 70, [0, 5, 5, 70]
 HEADS, GROUPS = 4, 2
@@ -72,6 +76,12 @@ def every_op(dtype):
     def one_token(inputs):
         return {name: t[:, 0].expand(3, *t.shape[2:]) if t.dim() > 2 else t for name, t in inputs.items()}
 
+    def wires_and_sums(codec):
+        count = x.numel()
+        wires = [quantize(x.flatten(), codec), quantize(z.flatten(), codec)]
+        total = {"sum": dequantize_sum(wires, codec, count, dtype), "encoded": quantize_sum(wires, codec, count)}
+        return {"wire": wires[0], **total}
+
     token = one_token(scan)
     return {
         "rms_norm": with_gradients(rms_norm, norm),
@@ -110,6 +120,7 @@ def every_op(dtype):
         "gated_rms_norm": with_gradients(gated_rms_norm, gated, groups=GROUPS),
         "gated_product": with_gradients(gated_product, gated, groups=GROUPS, norm_before_gate=True),
         "scale_rows": with_gradients(scale_rows, {"x": x, "scale": torch.randn(1, LENGTH)}),
+        **{name: partial(wires_and_sums, codec) for name, codec in CODECS.items()},
     }
 
 

@@ -21,29 +21,40 @@ struct RawArguments {
 // All NaNs become one.
 inline floats one_nan(floats v) { return v == v ? v : (floats)(uints{} + 0x7fc00000); }
 
+// `count` numbers, and zeros where they are less than a vector.
+template <class Number>
+floats load_some(const uint8_t* numbers, int64_t count) {
+  typename Number::Element some[kWidth] = {};
+  if (count > 0) std::memcpy(some, numbers, std::min<int64_t>(count, kWidth) * sizeof some[0]);
+  return Number::load(some);
+}
+
 template <class From, class To>
-void add(const RawArguments& args, int64_t first, int64_t count, uint8_t* out) {
-  floats sum[2] = {};
-  for (int64_t w = 0; w < args.wires; ++w) {
-    typename From::Element numbers[kStep] = {};
-    std::memcpy(numbers, args.wire(w) + first * sizeof numbers[0], count * sizeof numbers[0]);
-    for (int k = 0; k < 2; ++k) {
-      const floats next = From::load(numbers + k * kWidth);
-      sum[k] = w ? sum[k] + next : next;
-    }
+void add(const RawArguments& args, int64_t first, int64_t last) {
+  using Element = typename To::Element;
+  constexpr int64_t kFrom = sizeof(typename From::Element);
+  for (int64_t i = first; i < last; i += kStep) {
+    const int64_t count = std::min<int64_t>(kStep, last - i);
+    floats sum[2] = {};
+    for (int64_t w = 0; w < args.wires; ++w)
+      for (int k = 0; k < 2; ++k) {
+        const uint8_t* numbers = args.wire(w) + (i + k * kWidth) * kFrom;
+        const floats next = count == kStep ? From::load(numbers) : load_some<From>(numbers, count - k * kWidth);
+        sum[k] = w ? sum[k] + next : next;
+      }
+    Element rounded[kStep];
+    To::store(rounded, one_nan(sum[0]), one_nan(sum[1]));
+    if (count == kStep)
+      std::memcpy(args.out + i * sizeof(Element), rounded, sizeof rounded);
+    else
+      std::memcpy(args.out + i * sizeof(Element), rounded, count * sizeof(Element));
   }
-  typename To::Element rounded[kStep];
-  To::store(rounded, one_nan(sum[0]), one_nan(sum[1]));
-  std::memcpy(out + first * sizeof rounded[0], rounded, count * sizeof rounded[0]);
 }
 
 template <class From, class To>
 void add_all(const RawArguments& args) {
   for_row_ranges((args.count + kBlock - 1) / kBlock, kBlock, args.threads, [&](int64_t first, int64_t last, int64_t) {
-    const int64_t end = std::min(args.count, last * kBlock);
-    int64_t i = first * kBlock;
-    for (; i + kStep <= end; i += kStep) add<From, To>(args, i, kStep, args.out);
-    if (i < end) add<From, To>(args, i, end - i, args.out);
+    add<From, To>(args, first * kBlock, std::min(args.count, last * kBlock));
   });
   const int64_t used = args.count * sizeof(typename To::Element);
   std::memset(args.out + used, 0, args.bytes - used);
