@@ -5,12 +5,13 @@ Beside them stands what they should take. A run whose reductions send nothing is
 between any two things that it asks of the reduction. The record is replayed with a link in between:
 
     start   now += work / 2             the message is encoded; the link, once it is free, takes wire / bandwidth for it
-    wait    now = max(now, arrival) + work / 2                                     arrival is later by base and hops
+    wait    now = max(now + carrying, arrival) + work / 2                          arrival is later by base and hops
 
-`bandwidth`, `base`, `hops` and `work` are those of bench_all_reduce, measured in the same run on the same link. A plain
-arm waits right behind each start, so its time is that of the computation and of all messages. A hidden arm waits late:
-its record, made with the same two chunks of tokens, computes meanwhile, and only what the link cannot finish by then
-is left. Two ranks have two cores here, so codecs and computation add up; what the kernel's TCP takes is left out.
+`bandwidth`, `base`, `hops` and `work` are those of bench_all_reduce, measured in the same run on the same link, and
+`carrying` is the processor time that TCP and gloo take for a message. A plain arm waits right behind each start, so its
+time is that of the computation and of all messages, which are carried while they are waited for. A hidden arm waits
+late: its record, made with the same two chunks of tokens, computes meanwhile, and only what the link cannot finish by
+then is left. But two ranks have two cores here: what carries a message then takes its time from the computation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from deepspeed_inference.bench_all_reduce import Cost, Layout, Speeds, exchange_
 from deepspeed_inference.bench_main_job import SHAPE_130M
 from deepspeed_inference.benchmarking import interleaved, ratio
 from deepspeed_inference.emulated_hosts import MeasuredLink, emulated_hosts, measure_link, on_ranks_of, sent_bytes
-from megatron_ssm.collectives import OUT_PROJ, Reduction, Site
+from megatron_ssm.collectives import OUT_PROJ, X_PROJ, Reduction, Site
 from megatron_ssm.collectives.reduction import DoneHandle, Handle
 
 SHAPES = {
@@ -40,6 +41,7 @@ _LAYOUT = Layout(2, 1)
 _CODEC = "int8"
 _ALONE = {"never": "compute alone", "always": "compute alone, hidden"}
 _SMALL = 512  # numbers of a message that takes the time of its base
+_LARGE = 1 << 17  # numbers of one whose bytes count
 _ROUNDS_OF_SMALL = 41
 
 
@@ -127,39 +129,44 @@ class Transport:
     Attributes:
         link: as plain TCP finds it.
         bases: seconds of what is neither hop nor wire nor work, by "plain", "exchange" and "gather".
+        carrying: processor seconds (of a message, of a byte of it) that carry it, by the same.
         speeds: of the codec, and of none ("exact").
     """
 
     link: MeasuredLink
     bases: dict[str, float]
+    carrying: dict[str, tuple[float, float]]
     speeds: dict[str, Speeds]
 
-    def message(self, asked: Asked, is_quantized: bool) -> tuple[Cost, float]:
-        """(cost, base) of what a rank asked for."""
+    def message(self, asked: Asked, is_quantized: bool) -> tuple[Cost, float, float]:
+        """(cost, base, carrying) of what a rank asked for."""
         if asked.what == "gather":
-            return Cost(hops=1, wire=asked.nbytes * (_LAYOUT.ranks - 1)), self.bases["gather"]
-        if not is_quantized:
-            return ring_cost(asked.nbytes, _LAYOUT), self.bases["plain"]
-        codec, speeds = _codec(asked)
-        cost = exchange_cost(asked.nbytes, asked.dtype.itemsize, _LAYOUT, codec, self.speeds[speeds])
-        return cost, self.bases["exchange"]
+            kind, cost = "gather", Cost(hops=1, wire=asked.nbytes * (_LAYOUT.ranks - 1))
+        elif not is_quantized:
+            kind, cost = "plain", ring_cost(asked.nbytes, _LAYOUT)
+        else:
+            codec, speeds = _codec(asked)
+            kind = "exchange"
+            cost = exchange_cost(asked.nbytes, asked.dtype.itemsize, _LAYOUT, codec, self.speeds[speeds])
+        a_message, a_byte = self.carrying[kind]
+        return cost, self.bases[kind], a_message + a_byte * cost.wire
 
 
 def replay(asked: Sequence[Asked], transport: Transport, is_quantized: bool) -> float:
     """Seconds that a record takes with a link in between."""
     link = transport.link
     now = free = 0.0
-    arrivals: dict[int, tuple[float, float]] = {}  # by message: when, and the work that is left then
+    arrivals: dict[int, tuple[float, float, float]] = {}  # by message: when; what carries it; the work left then
     for event in asked:
         now += event.seconds
         if event.what in ("start", "gather"):
-            cost, base = transport.message(event, is_quantized)
+            cost, base, carrying = transport.message(event, is_quantized)
             now += cost.work / 2
             free = max(now, free) + cost.wire / link.both_ways
-            arrivals[event.number] = free + base + cost.hops * link.round_trip / 2, cost.work / 2
+            arrivals[event.number] = free + base + cost.hops * link.round_trip / 2, carrying, cost.work / 2
         if event.what in ("wait", "gather") and event.number in arrivals:
-            arrival, work = arrivals.pop(event.number)
-            now = max(now, arrival) + work
+            arrival, carrying, work = arrivals.pop(event.number)
+            now = max(now + carrying, arrival) + work
     return now
 
 
@@ -177,7 +184,7 @@ def measure(link: str, shape: dict, *, prompt: int, decode_steps: int, rounds: i
         measured = measure_link(*hosts)
         run = on_ranks_of(hosts, _time_engine, 1, shape, prompt, decode_steps, rounds)[0]
     records, seconds = run.pop("records"), run.pop("seconds")
-    transport = _transport(run.pop("small_seconds"), run["speeds"], measured)
+    transport = _transport(run.pop("small_seconds"), run["carrying"], run["speeds"], measured)
     predicted = {step: _predicted(records, step, transport) for step in STEPS}
     times = {step: {arm: statistics.median(seconds[arm, step]) for arm in (*_ALONE.values(), *ARMS)} for step in STEPS}
     gains = {step: {arm: ratio(seconds["plain", step], seconds[arm, step]) for arm in ARMS} for step in STEPS}
@@ -216,16 +223,19 @@ def _settings() -> dict[str, tuple[bool, str]]:
     }
 
 
-def _transport(small: dict[str, float], speeds: dict[str, dict], link: MeasuredLink) -> Transport:
+def _transport(
+    small: dict[str, float], carrying: dict[str, tuple[float, float]], speeds: dict[str, dict], link: MeasuredLink
+) -> Transport:
     """The bases are what small messages take beside hops, wire and work."""
-    known = Transport(link, dict.fromkeys(small, 0.0), {name: Speeds(**value) for name, value in speeds.items()})
+    by_name = {name: Speeds(**value) for name, value in speeds.items()}
+    known = Transport(link, dict.fromkeys(small, 0.0), carrying, by_name)
     nbytes = _SMALL * torch.bfloat16.itemsize
     bases = {}
     for kind, seconds in small.items():
         what = "gather" if kind == "gather" else "start"
-        cost, _ = known.message(Asked(what, 0, nbytes, torch.bfloat16, True, 0.0), kind == "exchange")
+        cost, *_ = known.message(Asked(what, 0, nbytes, torch.bfloat16, True, 0.0), kind == "exchange")
         bases[kind] = max(0.0, seconds - cost.seconds(link))
-    return Transport(link, bases, known.speeds)
+    return Transport(link, bases, carrying, known.speeds)
 
 
 def _codec(asked: Asked):
@@ -253,6 +263,7 @@ def _time_engine(shape: dict, prompt: int, decode_steps: int, rounds: int) -> di
     job = _Job(engine, prompt, decode_steps, plain.barrier)
     results: dict = {
         "small_seconds": _time_small(plain, quantized),
+        "carrying": _time_carrying(plain, quantized),
         "speeds": {name: asdict(Speeds(*time_codec(codec))) for name, codec in _codecs().items()},
         "seconds": {},
         "link_bytes": {},
@@ -347,6 +358,34 @@ def _time_small(plain: Reduction, quantized: Reduction) -> dict[str, float]:
         "gather": lambda: plain.all_gather(tensor),
     }
     return {kind: statistics.median(times) for kind, times in interleaved(actions, _ROUNDS_OF_SMALL).items()}
+
+
+def _time_carrying(plain: Reduction, quantized: Reduction) -> dict[str, tuple[float, float]]:
+    """Processor seconds of a message and of each of its bytes on the wire, on this rank, apart from the codecs' work.
+
+    All threads of the process count, and what the kernel does for them.
+    """
+    seconds: dict[tuple[str, int], float] = {}
+    for numbers in (_SMALL, _LARGE):
+        # fp32 at a site that stays exact: the exchange copies, and as many bytes as the tensor has are on the wire.
+        tensor = torch.randn(numbers)
+        actions = {
+            "plain": lambda it=tensor: plain.reduce(it, X_PROJ),
+            "exchange": lambda it=tensor: quantized.reduce(it, X_PROJ),
+            "gather": lambda it=tensor: plain.all_gather(it),
+        }
+        for kind, action in actions.items():
+            action()
+            plain.barrier()
+            began = time.process_time()
+            for _ in range(_ROUNDS_OF_SMALL):
+                action()
+            seconds[kind, numbers] = (time.process_time() - began) / _ROUNDS_OF_SMALL
+    found = {}
+    for kind in actions:
+        a_byte = max(0.0, seconds[kind, _LARGE] - seconds[kind, _SMALL]) / (4 * (_LARGE - _SMALL))
+        found[kind] = (max(0.0, seconds[kind, _SMALL] - 4 * _SMALL * a_byte), a_byte)
+    return found
 
 
 def _codecs() -> dict:

@@ -7,16 +7,18 @@ prefill runs as two chunks of tokens: while the output of one is summed over the
     "always"   both; two chunks wherever there are tokens enough to split
     "auto"     mixers wait late; two chunks where that was measured to be faster
 
-On two cores, two ranks of one thread, 130M parameters in bf16, the time of a prefill in two chunks is, as a multiple
-of that in one:
+The time of a prefill in two chunks, as a multiple of that in one (two cores, two ranks of one thread, 130M parameters,
+bf16, links emulated; medians of several runs on a machine that was not quiet, good to 0.03, to 0.1 at 1 Gbit/s):
 
     tokens                         128      256      512     2048
-    shared memory    Mamba           –        –     1.06     1.04
-                     Mamba-2         –        –     1.09     1.04
-    1 Gbit/s, gloo   Mamba        1.30     1.08     0.99     0.82
-                     Mamba-2      1.10     1.04     0.90     0.63
-    10 Gbit/s, gloo  Mamba           –        –     1.00     0.93
+    shared memory    Mamba           –        –     1.05     1.04
+                     Mamba-2         –        –     1.07     1.03
+    10 Gbit/s, gloo  Mamba           –        –     0.99     0.93
                      Mamba-2         –        –     1.04     0.95
+    1 Gbit/s, gloo   Mamba        1.26     1.05     1.00     0.82
+                     Mamba-2      1.10     1.03     0.91     0.89
+    1 Gbit/s, int8   Mamba           –        –     0.95     0.92
+                     Mamba-2         –        –     0.89     0.90
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from dataclasses import dataclass
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.collectives.shared_memory import SharedMemoryReduction
 
-# Two ranks of one thread on hosts 1 Gbit/s apart, 130M parameters, bf16: below, the second chunk's own cost (smaller
-# products, weights read twice) is more than what it hides.
+# Tokens; below, what a second chunk costs by itself (smaller products, weights read twice) is more than what it hides,
+# and in shared memory it is so for any number: there a rank adds by itself what it waits for.
 TWO_CHUNKS_FROM = 512
 HIDE_REDUCTIONS = ("auto", "always", "never")
 
@@ -61,7 +63,7 @@ def two_chunks_pay(reduction: Reduction, tokens: int, hidden_size: int) -> bool:
     """Whether two chunks were measured to be faster than one.
 
     Args:
-        reduction: how the ranks sum. In shared memory each adds by itself what it waits for, nothing goes on meanwhile.
+        reduction: how the ranks sum.
         tokens: of the prefill.
         hidden_size: numbers a token in each sum.
     """

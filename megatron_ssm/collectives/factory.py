@@ -103,14 +103,9 @@ def make_quantized_reduction(
         return reduction
     plain = TorchReduction(group)
     hosts, memory, where = _memory(group, hosts, timeout)
-    reason = f"{codec} between {where}"
-
-    def make(table: Gate | None) -> QuantizedReduction:
-        return QuantizedReduction(plain, hosts, chosen, sites, gate=table, memory=memory, reason=reason)
-
-    reduction = make(None)
+    reduction = QuantizedReduction(plain, hosts, chosen, sites, memory=memory, reason=f"{codec} between {where}")
     if gate is not False:
-        reduction.gate = _gate(reduction, chosen, torch.device(device), None if gate is True else Path(gate))
+        reduction.use_gate(_gate(reduction, chosen, torch.device(device), None if gate is True else Path(gate)))
         reduction.reason += f" where that is faster than torch.distributed ({dist.get_backend(group)})"
     return reduction
 

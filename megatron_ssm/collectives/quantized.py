@@ -42,7 +42,6 @@ class QuantizedReduction(Reduction):
         hosts: where the ranks are.
         codec: of the sites below; None sends everything as it is.
         sites: names of the sites whose sums bear it, of QUANTIZABLE_SITES; a joint site counts where all its names do.
-        gate: which way is the fastest by size; None always takes this one.
         memory: of the ranks of this host, where they have some.
         reason: why this implementation was chosen.
     """
@@ -54,7 +53,6 @@ class QuantizedReduction(Reduction):
         codec: Codec | None,
         sites: Collection[str] = QUANTIZABLE_SITES,
         *,
-        gate: Gate | None = None,
         memory: HostMemory | None = None,
         reason: str = "quantized",
     ) -> None:
@@ -63,10 +61,15 @@ class QuantizedReduction(Reduction):
         self.hosts = hosts
         self.codec = codec
         self.sites = frozenset(sites)
-        self.gate = gate
         self.memory = memory
         self.messages = Exchange(plain.group, hosts.peers(plain.rank))
         self._problem: str | None = None
+        self.use_gate(None)
+
+    def use_gate(self, gate: Gate | None) -> None:
+        """Let a table decide from now on which way is the fastest; the same on every rank. None: always this one."""
+        self.gate = gate
+        self._chosen: dict[tuple[int, torch.dtype, Site], Codec | None] = {}
 
     def reduce(self, partial: Tensor, site: Site) -> Tensor:
         codec = self._codec(partial, site)
@@ -126,7 +129,10 @@ class QuantizedReduction(Reduction):
         return self.plain._all_gather(tensor, dim)
 
     def _codec(self, partial: Tensor, site: Site) -> Codec | None:
-        return self.codec_of(partial.nbytes, partial.dtype, site) if partial.numel() else None
+        asked = partial.nbytes, partial.dtype, site
+        if asked not in self._chosen:
+            self._chosen[asked] = self.codec_of(*asked) if partial.numel() else None
+        return self._chosen[asked]
 
     def _begin(self, tensors: Sequence[tuple[Tensor, Codec]], site: Site, overlaps: bool) -> _Handle:
         self.check()

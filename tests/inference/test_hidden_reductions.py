@@ -21,12 +21,12 @@ UNEVEN = (40, 70, 45)
 TOLERANCE = 1e-5
 
 
-def _grid(variants, sizes=(2, 4), always=2):
-    """Every variant at one number of ranks, at four every fifth; at all of them in the full run."""
+def _grid(variants):
+    """Every variant at two ranks, some at four; all at four too in the full run."""
     cases = []
     for place, variant in enumerate(variants):
-        for size in sizes:
-            marks = () if size == always or (size == 4 and place % 5 == 0) else pytest.mark.full
+        for size in (2, 4):
+            marks = () if size == 2 or place % 9 == 4 else pytest.mark.full
             cases.append(pytest.param(variant, size, marks=marks, id=f"{variant}-{size}"))
     return pytest.mark.parametrize(("variant", "size"), cases)
 
@@ -192,7 +192,7 @@ def _bf16_and_fp32(context, directory: Path, ids: torch.Tensor) -> list[torch.Te
     return found
 
 
-@pytest.mark.parametrize("variant", ["mamba2", "mamba2-groups2", "falcon_h1-norm-after-gate", "zamba2"])
+@pytest.mark.parametrize("variant", ["mamba2", "falcon_h1-norm-after-gate"])
 def test_bf16_is_no_worse_in_two_chunks(ranks, variant):
     for exact, one, two in ranks(_bf16_and_fp32, 4, tiny_checkpoint(variant), random_ids(ROWS, LENGTH)):
         assert (two - exact).abs().mean() <= 1.5 * (one - exact).abs().mean()
@@ -205,7 +205,7 @@ def _traffic(context, directory: Path, ids: torch.Tensor, dtype: torch.dtype) ->
         return engine.reduction.traffic.snapshot()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 @pytest.mark.parametrize("variant", ["mamba", "mamba2", "mamba2-groups2", "zamba", "falcon_h1-norm-after-gate"])
 def test_the_collectives_of_a_layer_are_made_once_a_chunk(ranks, variant, dtype):
     from megatron_ssm.families import family_of

@@ -50,9 +50,10 @@ def _asked(*events: tuple[str, int, float]) -> list[Asked]:
     return [Asked(what, number, 1000, torch.bfloat16, False, seconds) for what, number, seconds in events]
 
 
-def _replay(*events: tuple[str, int, float]) -> float:
+def _replay(*events: tuple[str, int, float], carrying: float = 0.0) -> float:
     link = MeasuredLink(one_way=1e6, both_ways=1e6, round_trip=0.0)
-    transport = Transport(link, {"plain": 0.0, "exchange": 0.0, "gather": 0.0}, {"int8": FREE, "exact": FREE})
+    carrying = dict.fromkeys(("plain", "exchange", "gather"), (carrying, 0.0))
+    transport = Transport(link, dict.fromkeys(carrying, 0.0), carrying, {"int8": FREE, "exact": FREE})
     return replay(_asked(*events), transport, is_quantized=False)
 
 
@@ -64,6 +65,13 @@ def test_what_is_waited_for_late_is_hidden():
     assert _replay(("start", 1, 0.005), ("wait", 1, 0.004), ("wait", -1, 0.002)) == pytest.approx(0.011)
     # All but what the link has not finished: 1 ms of it, and half of that computed meanwhile.
     assert _replay(("start", 1, 0.005), ("wait", 1, 0.0005), ("wait", -1, 0.002)) == pytest.approx(0.008)
+
+
+def test_what_carries_a_message_takes_its_time_from_what_hides_it():
+    at_once = ("start", 1, 0.005), ("wait", 1, 0.0)
+    assert _replay(*at_once, carrying=0.0006) == _replay(*at_once) == pytest.approx(0.006)
+    late = ("start", 1, 0.005), ("wait", 1, 0.004)
+    assert _replay(*late, carrying=0.0006) == pytest.approx(0.0096)
 
 
 def test_messages_queue_on_the_link():

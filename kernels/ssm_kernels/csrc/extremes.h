@@ -12,6 +12,7 @@ constexpr int kRows = 16;
 template <class Value>
 using Row = typename VectorOf<Value, 16>::type;
 
+// The larger of both halves, until 16 bytes are left.
 template <class Value, class Wide>
 inline Row<Value> fold(Wide wide) {
   if constexpr (sizeof wide == 16) {
@@ -97,7 +98,7 @@ inline void find_extremes(const Bits* numbers, Bits* largest, Bits* signs) {
   for (int g = 0; g < kRows; ++g) {
     if (!ties[g / kRowLanes][g % kRowLanes]) continue;
     const Bits* first = numbers + g * kGroup;
-    while ((*first & kMagnitude) != largest[g]) ++first;
-    signs[g] = static_cast<Bits>(~*first & kSign);
+    while ((load_as<Bits>(first) & kMagnitude) != largest[g]) ++first;
+    signs[g] = static_cast<Bits>(~load_as<Bits>(first) & kSign);
   }
 }

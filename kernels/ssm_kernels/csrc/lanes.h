@@ -209,3 +209,11 @@ struct Float16 {
     store_as(p + kWidth, to_fp16(next));
   }
 };
+
+// By its number in cpu/quantize.py.
+template <class Run>
+void with_dtype(int64_t dtype, const Run& run) {
+  if (dtype == 0) run(Float32{});
+  if (dtype == 1) run(BFloat16{});
+  if (dtype == 2) run(Float16{});
+}

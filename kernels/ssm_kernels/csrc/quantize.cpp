@@ -228,21 +228,13 @@ void requantize_all(const SumArguments& args) {
   });
 }
 
-// ---- Types by their numbers in cpu/quantize.py
-
+// By its number in cpu/quantize.py.
 template <class Run>
 void with_codec(int64_t codec, const Run& run) {
   if (codec == 0) run(Int8{});
   if (codec == 1) run(Fp8{});
   if (codec == 2) run(Int6{});
   if (codec == 3) run(Int4{});
-}
-
-template <class Run>
-void with_dtype(int64_t dtype, const Run& run) {
-  if (dtype == 0) run(Float32{});
-  if (dtype == 1) run(BFloat16{});
-  if (dtype == 2) run(Float16{});
 }
 
 }  // namespace

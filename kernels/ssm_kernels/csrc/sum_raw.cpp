@@ -60,13 +60,6 @@ void add_all(const RawArguments& args) {
   std::memset(args.out + used, 0, args.bytes - used);
 }
 
-template <class Run>
-void with_dtype(int64_t dtype, const Run& run) {
-  if (dtype == 0) run(Float32{});
-  if (dtype == 1) run(BFloat16{});
-  if (dtype == 2) run(Float16{});
-}
-
 }  // namespace
 
 extern "C" int64_t sum_raw(const void* packed) {
