@@ -64,8 +64,20 @@ def _title(name: str, result: dict) -> str:
     return f"{name}: plain TCP gets {rate:.2f} Gbit/s both ways and {microseconds:.0f} µs there and back"
 
 
+def codec_table(results: dict) -> str:
+    """What the codecs reach of the rate of copying."""
+    shares = dict(results["codec_shares"])
+    copying = shares.pop("copying")["bytes_per_second"]
+    ops = list(next(iter(shares.values())))
+    lines = [f"| share of copying, {copying / 1e9:.0f} GB/s | " + " | ".join(ops) + " |", "|---" * (len(ops) + 1) + "|"]
+    for codec, row in shares.items():
+        lines.append(f"| {codec} | " + " | ".join(f"{row[op]:.0%}" for op in ops) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     from deepspeed_inference import bench_all_reduce as bench
+    from deepspeed_inference.bench_codecs import codec_speeds
     from deepspeed_inference.benchmarking import measure_all
     from deepspeed_inference.emulated_hosts import EmulationUnavailable, check_available
 
@@ -97,12 +109,13 @@ def main() -> None:
         for layout in (bench.LAYOUTS[name] for name in arguments.ranks)
         if link != bench.OWN or layout.ranks_per_host == 1
     }
-    results = measure_all(measures, {**settings, "measured": list(measures)}, arguments.output)
+    measured = {**settings, "measured": list(measures)}
+    results = measure_all({"codec_shares": codec_speeds, **measures}, measured, arguments.output)
     from deepspeed_inference.bench_all_reduce_plot import draw
 
     results = json.loads(arguments.output.read_text())  # with the keys that JSON gives
     draw(results, arguments.output.with_suffix(".png"))
-    print(f"\n{json.dumps(results['hardware'])}\n\n{table(results)}\n{crossovers(results)}")
+    print(f"\n{json.dumps(results['hardware'])}\n\n{codec_table(results)}\n\n{table(results)}\n{crossovers(results)}")
 
 
 if __name__ == "__main__":

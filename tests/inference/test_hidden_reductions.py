@@ -184,6 +184,27 @@ def test_two_chunks_give_the_answers_of_one(ranks, variant, size):
             assert torch.equal(two[name], results[0][1][name]), f"rank {rank} has other bits of {name} than rank 0"
 
 
+def _by_messages(context, directory: Path, ids: torch.Tensor, codec: str) -> list[dict[str, torch.Tensor]]:
+    options = {"reduction": "torch", "quantized_all_reduce": codec}
+    with closing(_engine(context, directory, **options)) as engine:
+        found = []
+        for choice in ("never", "always"):
+            engine.stack.hide(Overlap(choice))
+            found.append(_answers(engine, ids))
+        return found
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("exact", TOLERANCE), ("int8", 0.1)])
+@pytest.mark.parametrize("variant", ["mamba", "mamba2", "falcon_h1-norm-after-gate"])
+def test_messages_of_two_chunks_keep_apart(ranks, variant, codec, tolerance):
+    results = ranks(_by_messages, 2, tiny_checkpoint(variant), random_ids(ROWS, LENGTH), codec)
+    for rank, (one, two) in enumerate(results):
+        for name, answer in one.items():
+            error = float((two[name] - answer).abs().mean() / answer.abs().max())
+            assert error <= tolerance, f"rank {rank}: {name} differs by {error:.1e}"
+            assert torch.equal(two[name], results[0][1][name]), f"rank {rank} has other bits of {name} than rank 0"
+
+
 def _bf16_and_fp32(context, directory: Path, ids: torch.Tensor) -> list[torch.Tensor]:
     found = []
     for dtype, choice in ((torch.float32, "never"), (torch.bfloat16, "never"), (torch.bfloat16, "always")):
