@@ -52,19 +52,13 @@ class Overlap:
         """Whether mixers wait for their small reductions only where they need the result."""
         return self.hide_reductions != "never"
 
-    def wants_chunks(self, reduction: Reduction, tokens: int, hidden_size: int) -> bool:
+    def wants_chunks(self, reduction: Reduction, tokens: int) -> bool:
         """Whether a prefill of so many tokens is to run as two chunks; the same on every rank."""
         if reduction.size == 1 or self.hide_reductions == "never":
             return False
-        return self.hide_reductions == "always" or two_chunks_pay(reduction, tokens, hidden_size)
+        return self.hide_reductions == "always" or two_chunks_pay(reduction, tokens)
 
 
-def two_chunks_pay(reduction: Reduction, tokens: int, hidden_size: int) -> bool:
-    """Whether two chunks were measured to be faster than one.
-
-    Args:
-        reduction: how the ranks sum.
-        tokens: of the prefill.
-        hidden_size: numbers a token in each sum.
-    """
+def two_chunks_pay(reduction: Reduction, tokens: int) -> bool:
+    """Whether two chunks of so many tokens were measured to be faster than one, by how the ranks sum."""
     return not isinstance(reduction, SharedMemoryReduction) and tokens >= TWO_CHUNKS_FROM

@@ -121,10 +121,10 @@ class Stack(PinnedDtype):
 
     def _chunks(self, embeddings, states, cu_seqlens) -> tuple[Chunk, Chunk] | None:
         """How a prefill is split; None where it is not: where a gradient is asked for, or no state can be carried."""
-        rows, length, width = embeddings.shape
+        rows, length, _ = embeddings.shape
         if length == 1 or torch.is_grad_enabled():
             return None
-        if not self.overlap.wants_chunks(self.reduction, rows * length, width):
+        if not self.overlap.wants_chunks(self.reduction, rows * length):
             return None
         state = states(0)
         return None if state is None else split(length, cu_seqlens, state)

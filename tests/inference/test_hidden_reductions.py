@@ -276,10 +276,10 @@ def _pays(context, directory: Path) -> list[bool]:
         closing(_engine(context, directory, reduction="torch")) as other,
     ):
         lengths = (TWO_CHUNKS_FROM - 1, TWO_CHUNKS_FROM)
-        return [two_chunks_pay(engine.reduction, tokens, 24) for engine in (shared, other) for tokens in lengths]
+        return [two_chunks_pay(engine.reduction, tokens) for engine in (shared, other) for tokens in lengths]
 
 
 def test_auto_splits_where_it_was_measured_to_win(ranks):
     assert ranks(_pays, 2, tiny_checkpoint()) == [[False, False, False, True]] * 2
     one = SimpleNamespace(size=1)
-    assert not Overlap("always").wants_chunks(one, 10**6, 24)
+    assert not Overlap("always").wants_chunks(one, 10**6)
