@@ -108,7 +108,10 @@ def _where(argument: str) -> tuple:
                 while connection.recv(1 << 16):
                     pass
     if os.environ["RANK"] == "2":
-        _connect(place).sendall(bytes(100_000))
+        with _connect(place) as connection:
+            connection.sendall(bytes(100_000))
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)  # returns when rank 0 has read all of it, and so the link has passed it
     outside = [name for _, name in socket.if_nameindex() if name not in ("lo", os.environ["GLOO_SOCKET_IFNAME"])]
     return *(os.environ[name] for name in names), argument, module.sent_bytes(), outside
 
