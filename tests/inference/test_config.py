@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspeed_inference.config import PRESETS, InferenceConfig, command_line_parser, read_preset
+from deepspeed_inference.config import (
+    PRESETS,
+    InferenceConfig,
+    QuantizedAllReduceConfig,
+    command_line_parser,
+    read_preset,
+)
 
 CHANGED = {
     "model": ("--model", "elsewhere", "elsewhere"),
@@ -19,6 +25,7 @@ CHANGED = {
     "kernels": ("--kernels", "reference", "reference"),
     "reduction": ("--reduction", "torch", "torch"),
     "reduction_timeout": ("--reduction-timeout", "7.5", 7.5),
+    "quantized_all_reduce": ("--quantized-all-reduce", "int6", QuantizedAllReduceConfig(codec="int6")),
     "hide_reductions": ("--hide-reductions", "never", "never"),
     "progress": ("--no-progress", None, False),
     "max_new_tokens": ("--max-new-tokens", "5", 5),
