@@ -10,6 +10,7 @@ order, so all come to the same bits.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,12 +128,12 @@ class Exchange:
         return pieces
 
 
-class Transfer:
+class Transfer(ABC):
     """An exchange under way."""
 
+    @abstractmethod
     def finish(self) -> None:
         """Return once the sums are there. Called once."""
-        raise NotImplementedError
 
 
 class _SmallTransfer(Transfer):
@@ -170,13 +171,14 @@ class _ThreadTransfer(Transfer):
             self._exchange.settle()
 
 
-class _Piece:
+class _Piece(ABC):
     """So much of an exchange as one message to each peer carries. `stages` yields where it waits for messages."""
 
     tags: tuple[int, int]
 
+    @abstractmethod
     def stages(self) -> Iterator[None]:
-        raise NotImplementedError
+        pass
 
 
 class _WholePiece(_Piece):
