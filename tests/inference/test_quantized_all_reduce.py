@@ -204,7 +204,7 @@ def _nats(context, text: bytes, codec: str | None) -> float:
 PERPLEXITIES = [
     pytest.param(2, 8192),
     pytest.param(4, 2048),
-    pytest.param(8, 2048, marks=pytest.mark.full),
+    pytest.param(8, 2048),
     pytest.param(4, 8192, marks=pytest.mark.full),
     pytest.param(8, 8192, marks=pytest.mark.full),
     pytest.param(2, 32768, marks=pytest.mark.full),
