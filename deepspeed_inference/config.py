@@ -110,6 +110,9 @@ class InferenceConfig:
     hide_reductions: str = option(
         "auto", "auto, always or never: ranks compute while their sums are under way, a long prompt in two parts"
     )
+    record_decode: bool = option(
+        True, "keep a decode step as a list of native calls and play that, without the Python around them (CPU)"
+    )
     progress: bool = option(True, "show progress bars on a terminal, while loading and over the prompts of a file")
 
     # What is generated
@@ -133,7 +136,7 @@ class InferenceConfig:
         object.__setattr__(self, "prompt", _texts(self.prompt))
         for name in ("model", "prompts", "output"):
             in_range(name, getattr(self, name), (str, Path), lambda value: str(value) != "", "a path", optional=True)
-        for name in ("progress", "json"):
+        for name in ("record_decode", "progress", "json"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         one_of("device", str(self.device).split(":")[0], ("auto", "cpu", "cuda"))

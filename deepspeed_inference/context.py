@@ -47,6 +47,9 @@ class SSMInferenceContext(Cache):
         ranks: over how many ranks the state is cut.
         dtype: of the activations, which most states have too; the SSM state is fp32, or fp64 where `dtype` is.
         device: where it lies.
+
+    Attributes:
+        recorded: a decode step recorded on this memory, by whoever decodes; None again once the memory moves.
     """
 
     @torch.inference_mode(False)  # state is ordinary memory, whoever makes or moves it
@@ -83,6 +86,7 @@ class SSMInferenceContext(Cache):
 
     def _hand_out(self) -> None:
         """Make the layers' states, and what transformers sees of them, views of the stores."""
+        self.recorded = None
         self._states = [LayerState(positions=self.positions) for _ in range(self._layer_count)]
         for name, stores in self._stores.items():
             for store in stores:
@@ -94,6 +98,11 @@ class SSMInferenceContext(Cache):
     def batch_size(self) -> int:
         """How many sequences it holds."""
         return self.positions.numel()
+
+    @property
+    def grows(self) -> bool:
+        """Whether some of the state has an entry for every token."""
+        return any(store.grows for stores in self._stores.values() for store in stores)
 
     def layer(self, index: int) -> LayerState:
         """The state that layer `index` reads and overwrites.
@@ -165,7 +174,7 @@ class SSMInferenceContext(Cache):
 
     def free(self) -> None:
         """Give the memory back; any later use raises ValueError."""
-        self._stores = None
+        self._stores = self.recorded = None
         self._states = []
         self.layers = []
 

@@ -27,6 +27,7 @@ from deepspeed_inference.packing import Packing
 from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
 from deepspeed_inference.pretrained import empty_model, model_directory, read_config
+from deepspeed_inference.recorded_decode import RecordedDecode
 from deepspeed_inference.sampling import Sampling
 from deepspeed_inference.scoring import log_probabilities
 from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
@@ -77,6 +78,7 @@ def init_inference(
         dtype=opened.dtype,
         kernels=options.kernels,
         hide_reductions=options.hide_reductions,
+        record_decode=options.record_decode,
         directory=opened.directory,
     )
 
@@ -92,6 +94,7 @@ class SSMInferenceEngine(InferenceEngine):
         dtype: the model runs in.
         kernels: the backend of ssm_kernels.
         hide_reductions: as Overlap has it.
+        record_decode: as RecordedDecode has it.
         directory: of the checkpoint; None for a model that was handed over in memory.
     """
 
@@ -105,6 +108,7 @@ class SSMInferenceEngine(InferenceEngine):
         dtype: torch.dtype,
         kernels: str = "auto",
         hide_reductions: str = "auto",
+        record_decode: bool = True,
         directory: Path | None = None,
     ):
         # DeepSpeed is told of one rank and to leave the model where it is: it is cut already, and lies on its device.
@@ -123,6 +127,7 @@ class SSMInferenceEngine(InferenceEngine):
         self.head = policy.head_module(model, family)
         self.stack = policy.backbone_module(model, family)
         self.stack.hide(Overlap(hide_reductions))
+        self._decode = RecordedDecode(self.stack, record_decode)
 
     @property
     def device(self) -> torch.device:
@@ -199,7 +204,7 @@ class SSMInferenceEngine(InferenceEngine):
             raise ValueError(f"decode: expected one token a row, [B] or [B, 1], found {list(token_ids.shape)}")
         self._check_batch(ids.shape[0], context)
         context.reserve(1)
-        output, residual = self._run(ids.to(self.device), context, None)
+        output, residual = self._run(ids.to(self.device), context, None, step=True)
         context.advance(1)
         return self._logits(output[:, 0], residual[:, 0], gather_logits)
 
@@ -283,10 +288,12 @@ class SSMInferenceEngine(InferenceEngine):
         self.reduction.close()
 
     def _run(
-        self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
+        self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None, step: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             with self._backend():
+                if step:
+                    return self._decode.run(self.stack.embed(ids), context)
                 return self.stack.run(self.stack.embed(ids), context.layer, cu_seqlens)
         except BaseException:
             context.free()  # some layers have gone on and others have not: nobody shall continue from that

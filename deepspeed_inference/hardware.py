@@ -10,6 +10,10 @@ import deepspeed
 import torch
 import transformers
 
+from ssm_kernels.read_bandwidth import read_bandwidth
+
+__all__ = ["describe_hardware", "read_bandwidth"]
+
 
 def describe_hardware() -> dict:
     """Processor, cores and GPU, and the versions of what does the work."""

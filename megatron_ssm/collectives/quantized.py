@@ -30,6 +30,7 @@ from megatron_ssm.collectives.reduction import (
     Site,
 )
 from ssm_kernels.codecs import RAW, Codec
+from ssm_kernels.tape import opaque
 
 QUANTIZABLE_SITES = tuple(site.name for site in (OUT_PROJ, O_PROJ, DOWN_PROJ))
 
@@ -71,14 +72,14 @@ class QuantizedReduction(Reduction):
         self.gate = gate
         self._chosen: dict[tuple[int, torch.dtype, Site], Codec | None] = {}
 
-    def reduce(self, partial: Tensor, site: Site) -> Tensor:
+    def _reduce(self, partial: Tensor, site: Site) -> Tensor:
         codec = self._codec(partial, site)
         if codec is None or _learns(partial):
-            return self.plain.reduce(partial, site)
+            return self.plain._reduce(partial, site)
         return self._begin([(partial, codec)], site, overlaps=False).wait_all()[0]
 
     def reduce_with(self, partial: Tensor, exact: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-        return self._with(partial, exact, site, overlaps=False)()
+        return opaque(lambda *tensors: self._with(*tensors, site, overlaps=False)(), partial, exact)
 
     def start_with(self, partial: Tensor, exact: Tensor, site: Site) -> Callable[[], tuple[Tensor, Tensor]]:
         return self._with(partial, exact, site, overlaps=True)

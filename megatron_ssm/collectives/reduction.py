@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ssm.collectives import exact as exact_parts
+from ssm_kernels.tape import opaque, refuse
 
 Result = TypeVar("Result")
 
@@ -171,11 +172,12 @@ class Reduction(ABC):
         """
         if torch.is_grad_enabled() and partial.requires_grad:
             return _DifferentiableHandle(self, partial, site)
+        refuse("a reduction runs beside other work")
         return self._start(partial, site)
 
     def reduce(self, partial: Tensor, site: Site) -> Tensor:
         """start() and wait() in one."""
-        return self.start(partial, site).wait()
+        return opaque(self._reduce, partial, site)
 
     def reduce_with(self, partial: Tensor, exact: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         """Sum a tensor and a few numbers a token that must stay exact, in one collective.
@@ -267,6 +269,10 @@ class Reduction(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _reduce(self, partial: Tensor, site: Site) -> Tensor:
+        """reduce(), whoever watches."""
+        return self.start(partial, site).wait()
 
     @abstractmethod
     def _start(self, partial: Tensor, site: Site) -> Handle:

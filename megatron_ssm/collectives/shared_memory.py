@@ -67,12 +67,12 @@ class SharedMemoryReduction(Reduction):
         self._operations = 0
         self._problem: str | None = None
 
-    def reduce(self, partial: Tensor, site: Site) -> Tensor:
+    def _reduce(self, partial: Tensor, site: Site) -> Tensor:
         if self._pending or (partial.requires_grad and torch.is_grad_enabled()):
-            return super().reduce(partial, site)
+            return super()._reduce(partial, site)
         kind = self._kind(partial)
         if kind is None:
-            return super().reduce(partial, site)
+            return super()._reduce(partial, site)
         source = partial.contiguous()
         return self._run(source, torch.empty_like(source), kind, site)
 

@@ -8,7 +8,8 @@ every token.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,6 +31,8 @@ SOURCES = (
     "scale_rows.cpp",
     "quantize.cpp",
     "sum_raw.cpp",
+    "read_memory.cpp",
+    "tape.cpp",
 )
 HEADERS = (
     "vector.h",
@@ -58,6 +61,7 @@ ENTRY_POINTS = (
     "dequantize_sum",
     "quantize_sum",
     "sum_raw",
+    "read_memory",
 )
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -79,12 +83,45 @@ def library() -> ctypes.CDLL:
         entry = getattr(loaded, name)
         entry.argtypes = [ctypes.c_char_p]
         entry.restype = ctypes.c_int64
+    loaded.play_calls.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    loaded.play_calls.restype = ctypes.c_int64
     return loaded
 
 
-@cache
+_watcher: Callable[[str, bytes], None] | None = None
+
+
 def entry_point(name: str) -> Callable[[bytes], int]:
+    """A function of the library. Its argument is the packed block."""
+    return _entry(name) if _watcher is None else partial(_watched, name)
+
+
+@cache
+def _entry(name: str) -> Callable[[bytes], int]:
     return getattr(library(), name)
+
+
+def _watched(name: str, block: bytes) -> int:
+    if _watcher is not None:
+        _watcher(name, block)
+    return _entry(name)(block)
+
+
+@contextmanager
+def calls_seen_by(watcher: Callable[[str, bytes], None] | None) -> Iterator[None]:
+    """Tell `watcher` of every call of an entry point within: its name and its block."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+@cache
+def address(name: str) -> int:
+    """Where an entry point lies."""
+    return ctypes.cast(_entry(name), ctypes.c_void_p).value
 
 
 def use_one_thread_here() -> None:

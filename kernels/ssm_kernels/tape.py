@@ -1,0 +1,166 @@
+"""Tape: a computation of fixed shapes, recorded once while it runs and then played without the Python around it.
+
+    tape = Tape()
+    with tape.recording():
+        out = step(x)          # runs as always
+    x.copy_(new); tape.play()  # out now holds step(new)
+
+In a decode step the Python that finds, checks and launches the kernels takes longer than they do. What they do depends
+on nothing but the memory they are given, so it is enough to keep the native calls with their arguments, in order, and
+every tensor that was made on the way: playing computes the same into the same memory. A run of native calls is one call
+of the native library; ops of torch in between are called as they were, on the same tensors.
+
+What a computation decides by the values of tensors it must decide alike each time: reading one into Python, as item()
+does, spoils the tape, and `refusal` says so. (tolist() of a CPU tensor goes unseen.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ssm_kernels.cpu import library
+
+_MAKES_ROOM = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+_pack_call = struct.Struct("=2q").pack  # struct Call
+
+_recorded_on: Tape | None = None
+
+
+class Tape:
+    """What was recorded.
+
+    Attributes:
+        refusal: why the tape cannot be played; None if it can.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: str | None = "nothing was recorded"
+        self._steps: list[Callable[[], None]] = []
+        self._calls: list[tuple[int, ctypes.Array]] = []  # native ones since the last step
+        self._kept: list = []  # whatever a recorded pointer points to
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what is computed within, by this thread. It is computed as always, whether it can be played or not."""
+        global _recorded_on
+        assert _recorded_on is None, "one tape records at a time"
+        self.refusal = None
+        _recorded_on = self
+        try:
+            with _Watch(self), library.calls_seen_by(self._native):
+                yield
+        except BaseException:
+            self.refusal = "what was recorded raised"
+            raise
+        finally:
+            _recorded_on = None
+            self._end_run()
+            if self.refusal is not None:
+                self._steps, self._kept = [], []
+
+    def play(self) -> None:
+        """Compute again, from the present contents of the tensors that were read, into those that were made."""
+        assert self.refusal is None, self.refusal
+        for step in self._steps:
+            step()
+
+    def _native(self, name: str, block: bytes) -> None:
+        self._calls.append((library.address(name), ctypes.create_string_buffer(block, len(block))))
+
+    def _other(self, step: Callable[[], None]) -> None:
+        self._end_run()
+        self._steps.append(step)
+
+    def _end_run(self) -> None:
+        """Make one step of the native calls so far."""
+        if not self._calls:
+            return
+        blocks = [block for _, block in self._calls]
+        calls = b"".join(_pack_call(function, ctypes.addressof(block)) for function, block in self._calls)
+        self._kept.append(blocks)
+        play, count = library.library().play_calls, len(blocks)
+
+        def step() -> None:
+            if failed := play(calls, count):
+                raise RuntimeError(f"native call {failed} of {count} on this tape failed: an argument is out of range")
+
+        self._steps.append(step)
+        self._calls = []
+
+
+def opaque(function: Callable, *arguments):
+    """function(*arguments), of which a tape that records keeps the whole call and nothing of its inside.
+
+    For what speaks to other ranks: it is called again, with the same tensors, whenever the tape is played.
+
+    Args:
+        function: returns a tensor or a tuple of them.
+    """
+    tape = _recorded_on
+    if tape is None:
+        return function(*arguments)
+    with _disable_current_modes(), library.calls_seen_by(None):
+        result = function(*arguments)
+    tape._kept.append((arguments, result))
+    tape._other(lambda: _copy(function(*arguments), result))
+    return result
+
+
+def refuse(reason: str) -> None:
+    """Whatever is recorded now cannot be played, for this reason."""
+    if _recorded_on is not None:
+        _recorded_on.refusal = _recorded_on.refusal or reason
+
+
+def _copy(results, to) -> None:
+    if isinstance(to, Tensor):
+        to.copy_(results)
+    else:
+        for own, result in zip(to, results, strict=True):
+            own.copy_(result)
+
+
+def _is_view(result, arguments: tuple) -> bool:
+    """Whether the result is memory of an argument. The op cannot tell: to() is a view where nothing is to be done."""
+    results = [result] if isinstance(result, Tensor) else result
+    if not isinstance(results, (list, tuple)) or not all(isinstance(part, Tensor) for part in results):
+        return False
+    memory = {part.untyped_storage().data_ptr() for part in arguments if isinstance(part, Tensor)}
+    return all(part.untyped_storage().data_ptr() in memory for part in results)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every op of torch while a tape records."""
+
+    def __init__(self, tape: Tape):
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        result = op(*arguments, **keywords)
+        tape = self._tape
+        # Kept even where a view of it would do, so that its memory is nobody else's.
+        tape._kept.append((arguments, keywords, result))
+        if op._schema.is_mutable:
+            tape._other(lambda: op(*arguments, **keywords))
+        elif op in _MAKES_ROOM or _is_view(result, arguments):
+            pass
+        elif isinstance(result, Tensor):
+            tape._other(lambda: result.copy_(op(*arguments, **keywords)))
+        else:
+            refuse(f"{op} gives Python what a tape cannot give it again")
+        return result
