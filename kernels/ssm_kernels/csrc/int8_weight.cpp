@@ -1,0 +1,51 @@
+// Rows of an int8 weight as the bf16 numbers that they stand for: (code - 128) scale, rounded once. One pass over memory.
+
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t kScaleGroup = 32;          // inputs that share a scale; GROUP in int8_weight.py
+constexpr int64_t kParallelWork = 1 << 17;  // weights; less is not worth waking other threads
+
+// Packed by cpu/int8_weight.py: every field has 8 bytes. Order matters.
+struct WeightArguments {
+  const uint8_t* codes;    // [rows, width], contiguous
+  const uint16_t* scales;  // [rows, groups], contiguous
+  uint16_t* out;           // [rows, width] bf16
+  int64_t rows, width, threads;
+};
+
+typedef uint8_t vbytes __attribute__((vector_size(kLanes)));
+
+// `count` is at most one vector.
+void dequantize_lanes(const uint8_t* codes, int64_t count, float scale, uint16_t* out) {
+  vbytes bytes = {};
+  std::memcpy(&bytes, codes, count);
+  uint16_t values[kLanes];
+  store(values, (__builtin_convertvector(bytes, vfloat) - 128.0f) * scale);
+  std::memcpy(out, values, count * sizeof *out);
+}
+
+void dequantize_row(const WeightArguments& args, int64_t row) {
+  const int64_t groups = (args.width + kScaleGroup - 1) / kScaleGroup;
+  const uint8_t* codes = args.codes + row * args.width;
+  uint16_t* out = args.out + row * args.width;
+  for (int64_t i = 0; i < args.width; i += kLanes) {
+    const float scale = bf16_to_float(args.scales[row * groups + i / kScaleGroup]);
+    const int64_t left = args.width - i;
+    if (left >= kLanes)
+      dequantize_lanes(codes + i, kLanes, scale, out + i);
+    else
+      dequantize_lanes(codes + i, left, scale, out + i);
+  }
+}
+
+}  // namespace
+
+extern "C" int64_t int8_weight_dequantize(const WeightArguments* packed) {
+  const WeightArguments args = *packed;
+  const int64_t threads = args.rows * args.width < kParallelWork ? 1 : args.threads;
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  for (int64_t row = 0; row < args.rows; ++row) dequantize_row(args, row);
+  return 0;
+}
