@@ -16,8 +16,8 @@ from ssm_kernels.cpu.library import KERNEL_DTYPES
 from ssm_kernels.int8_weight import Int8Weight
 from ssm_kernels.validation import wants_grad
 
-# Up to here the native kernel was the faster one, above the library's matrix product: 32 rows of 256 inputs or more, one
-# of 8. Each row ends with sums over lanes, which the reading of a narrow weight does not hide.
+# Up to here the native kernel was the faster one, above the library's matrix product: 32 rows of 256 inputs or more,
+# one of 8. Each row ends with sums over lanes, which the reading of a narrow weight does not hide.
 MOST_ROWS = 32
 INPUTS_A_ROW = 8
 _INT8_DTYPES = frozenset({torch.bfloat16, torch.uint8})

@@ -15,28 +15,19 @@ struct WeightArguments {
   int64_t rows, width, threads;
 };
 
-typedef uint8_t vbytes __attribute__((vector_size(kLanes)));
-
-// `count` is at most one vector.
-void dequantize_lanes(const uint8_t* codes, int64_t count, float scale, uint16_t* out) {
-  vbytes bytes = {};
-  std::memcpy(&bytes, codes, count);
-  uint16_t values[kLanes];
-  store(values, (__builtin_convertvector(bytes, vfloat) - 128.0f) * scale);
-  std::memcpy(out, values, count * sizeof *out);
-}
-
 void dequantize_row(const WeightArguments& args, int64_t row) {
   const int64_t groups = (args.width + kScaleGroup - 1) / kScaleGroup;
   const uint8_t* codes = args.codes + row * args.width;
   uint16_t* out = args.out + row * args.width;
-  for (int64_t i = 0; i < args.width; i += kLanes) {
-    const float scale = bf16_to_float(args.scales[row * groups + i / kScaleGroup]);
-    const int64_t left = args.width - i;
-    if (left >= kLanes)
-      dequantize_lanes(codes + i, kLanes, scale, out + i);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = group * kScaleGroup, count = std::min(kScaleGroup, args.width - begin);
+    const float scale = bf16_to_float(args.scales[row * groups + group]);
+    alignas(64) float values[kScaleGroup];
+    if (count == kScaleGroup)  // a known number of turns becomes vectors
+      for (int64_t i = 0; i < kScaleGroup; ++i) values[i] = static_cast<float>(codes[begin + i] - 128) * scale;
     else
-      dequantize_lanes(codes + i, left, scale, out + i);
+      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(codes[begin + i] - 128) * scale;
+    store_row(out + begin, static_cast<int>(count), values);
   }
 }
 
