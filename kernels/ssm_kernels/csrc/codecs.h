@@ -52,9 +52,9 @@ struct Fp8 {
     constexpr int32_t kSmallest = (127 - 6) << 23, kAlign = (20 << 23) + 56;
     const ints bits = (ints)number, magnitude = bits & 0x7fffffff;
     const ints exponent = larger(bits & 0x7f800000, ints{} + kSmallest);
-    const ints sum = (ints)((floats)magnitude + (floats)(exponent + kAlign));
+    const uints sum = (uints)((floats)magnitude + (floats)((uints)exponent + static_cast<uint32_t>(kAlign)));
     const ints last_seven = ints{} + 0x7f;
-    return ((sum + (exponent >> 20)) & last_seven) | (bits >> 24 & ~last_seven);
+    return ((ints)(sum + (uints)(exponent >> 20)) & last_seven) | (bits >> 24 & ~last_seven);
   }
 
   // The bits are those of an fp16 number that is 2^8 times smaller.
@@ -83,7 +83,7 @@ struct Int6 {
     for (int k = 0; k < kVectors; ++k) rounded[k] = nearest(tile[k]);
     narrow(rounded, codes);
     for (int i = 0; i < 32; ++i) {
-      low[i] = static_cast<uint8_t>((codes[i] & 15) | codes[i + 32] << 4);
+      low[i] = static_cast<uint8_t>((codes[i] & 15) | static_cast<uint8_t>(codes[i + 32]) << 4);
       high[i] = static_cast<uint8_t>((codes[i] >> 4 & 3) | (codes[i + 32] & 0x30));
     }
     for (int group = 0; group < 2; ++group, wire += 24) {
@@ -118,7 +118,7 @@ struct Int4 {
     narrow(rounded, codes);
     for (int i = 0; i < 32; ++i) {
       const int8_t first = std::min<int8_t>(codes[i], 7), second = std::min<int8_t>(codes[i + 32], 7);
-      wire[i] = static_cast<uint8_t>((first & 15) | second << 4);
+      wire[i] = static_cast<uint8_t>((first & 15) | static_cast<uint8_t>(second) << 4);
     }
   }
 

@@ -61,7 +61,7 @@ bool find_scales(const typename Number::Bits* largest, const typename Number::Bi
     const floats magnitude = Number::load(largest + g);
     const ints special = (ints)magnitude >= 0x7f800000;
     // Adding all but one of the bits that bf16 has not rounds up.
-    ints bits = ((ints)(magnitude / Codec::kLargest) + 0xffff) & 0x7fff0000;
+    ints bits = (ints)(((uints)(magnitude / Codec::kLargest) + 0xffff) & 0x7fff0000);
     bits = smaller(larger(bits, least), most);
     if (Codec::kSignedScale) bits |= (ints)Signs::load(signs + g);
     bits = magnitude == 0.0f ? (ints)(floats{} + 1.0f) : bits;
