@@ -40,6 +40,7 @@ HEADERS = (
     "rows.h",
     "matrix.h",
     "selective_scan.h",
+    "exp2_product.h",
     "ssd_scan.h",
     "lanes.h",
     "codecs.h",

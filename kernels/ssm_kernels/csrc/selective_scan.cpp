@@ -6,6 +6,7 @@
 // exponential is the cost: A arrives multiplied by log2(e), so that each decay is one multiplication and one 2^v.
 // Tiles of 32 tokens by 64 channels are converted to fp32 and prepared (softplus, dt * x) before the time loop.
 
+#include "exp2_product.h"
 #include "selective_scan.h"
 
 namespace {
@@ -20,7 +21,10 @@ constexpr int64_t kParallelWork = 1 << 17;
 template <int kStates>
 void scan_block(int tokens, int states, const float* dt, const float* u, const float* b, int64_t b_stride,
                 const float* c, int64_t c_stride, const vfloat* a, vfloat* state, float* y) {
+  constexpr int kTogether = kStates ? 4 : 1;
+  static_assert(kStates % kTogether == 0, "states are taken several at once");
   const int count = kStates ? kStates : states;
+  const Exp2Product exp2_product;
   vfloat h[kStates ? kStates : kMaxStates];
   for (int n = 0; n < count; ++n) h[n] = state[n];
   for (int t = 0; t < tokens; ++t) {
@@ -28,9 +32,15 @@ void scan_block(int tokens, int states, const float* dt, const float* u, const f
     const float *b_t = b + t * b_stride, *c_t = c + t * c_stride;
     vfloat total[2] = {};  // two, so that the additions do not wait for one another
 #pragma GCC unroll 16
-    for (int n = 0; n < count; ++n) {
-      h[n] = exp2(dt_t * a[n]) * h[n] + u_t * b_t[n];
-      total[kStates ? n % 2 : 0] += h[n] * c_t[n];
+    for (int first = 0; first < count; first += kTogether) {
+      vfloat decay[kTogether];
+      exp2_product.operator()<kTogether>(dt_t, a + first, decay);
+#pragma GCC unroll 4
+      for (int k = 0; k < kTogether; ++k) {
+        const int n = first + k;
+        h[n] = decay[k] * h[n] + u_t * b_t[n];
+        total[k % 2] += h[n] * c_t[n];
+      }
     }
     store(y + t * kGroup, total[0] + total[1]);
   }

@@ -42,11 +42,16 @@ inline vfloat load(const uint16_t* p) {
 }
 
 // Rounds to nearest even, as torch does. A NaN keeps its sign and stays a NaN: the rounding could carry it into infinity.
+// (The machine's own instruction makes zeros of what is smaller than the smallest normal number.)
 inline void store(uint16_t* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
   const vuint bits = (vuint)v;
   const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vuint nan = (bits >> 16) | 0x40;
   const vbfloat16 narrow = __builtin_convertvector(v != v ? nan : rounded, vbfloat16);
+#endif
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
