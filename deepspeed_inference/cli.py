@@ -17,6 +17,7 @@ from deepspeed_inference.prompts import Prompt, check_output, read_prompts, refu
 from deepspeed_inference.quiet import quiet
 
 DEMO_PROMPTS = ["def "]
+PROFILED_TOKENS = 512  # of the demo prompt over and over, where none is given
 FAILED, MISUSED, LOST = 1, 2, 3
 
 
@@ -39,7 +40,7 @@ def _run(config: InferenceConfig, prompts: list[Prompt]) -> int:
 
     try:
         with Session(config) as session:
-            return _answer_all(session, config, prompts)
+            return (_profile if config.profile else _answer_all)(session, config, prompts)
     except ReductionError as error:
         return _tell(error, LOST)
 
@@ -64,6 +65,17 @@ def _answer_all(session, config: InferenceConfig, prompts: list[Prompt]) -> int:
     if session.is_first:
         print(json.dumps({"summary": summary}) if config.json else f"\n\n{table(summary)}", flush=True)
     return FAILED if refused else 0
+
+
+def _profile(session, config: InferenceConfig, prompts: list[Prompt]) -> int:
+    from deepspeed_inference.profile_report import as_json, table
+
+    prompt = session.check(prompts[0])
+    if prompt.error is not None:
+        raise ValueError(prompt.error)
+    profile = session.profile(prompt, tokens=None if config.prompt else PROFILED_TOKENS)
+    session.say(json.dumps({"profile": as_json(profile)}) if config.json else table(profile))
+    return 0
 
 
 def _in_order(answers: Iterable[dict], refusals: Iterable[dict]) -> Iterator[dict]:
@@ -100,7 +112,7 @@ def _print_answer(record: dict) -> None:
 def _default_prompts(config: InferenceConfig) -> list[str]:
     if config.prompts is not None:
         return []
-    if config.model is None:
+    if config.model is None or config.profile:
         return DEMO_PROMPTS
     raise ValueError("no prompt: expected --prompt TEXT or --prompts FILE.jsonl, found neither")
 

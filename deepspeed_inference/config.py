@@ -26,6 +26,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+WEIGHTS = ("int8",)
 PRESETS = Path(__file__).parent / "presets"
 if not PRESETS.is_dir():  # a checkout: the presets are mapped into the package only when it is installed
     PRESETS = Path(__file__).parent.parent / "configs"
@@ -97,8 +98,14 @@ class InferenceConfig:
     dtype: torch.dtype | None = option(
         None, "float32, bfloat16, float16 or float64 (default: what the checkpoint's config names)"
     )
+    weights: str | None = option(
+        None, "int8: keep the weights of the linear layers of a bfloat16 model in int8 (default: in the model's dtype)"
+    )
     device: str = option("auto", "cpu, cuda or auto")
     threads: int | None = option(None, "CPU threads a rank (default: the cores divided among the ranks)", type=int)
+    bind_cores: bool = option(
+        True, "keep each of several ranks on its share of the host's cores, unless the launcher did so (CPU)"
+    )
     kernels: str = option("auto", "auto, native or reference: how the recurrences are computed")
     reduction: str = option("auto", "auto, shared_memory or torch: how the ranks add their partial results")
     reduction_timeout: float = option(300.0, "seconds after which a rank gives up waiting for another", type=float)
@@ -128,6 +135,9 @@ class InferenceConfig:
     output: str | None = option(None, "a JSONL file to write the answers to")
     batch_size: int = option(8, "prompts of a file that run together", type=int)
     json: bool = option(False, "print answers and measurements as JSON lines, without decoration")
+    profile: bool = option(
+        False, "instead of answering, say where the time of a prefill and of a decode step goes (CPU)"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "tensor_parallel", _tensor_parallel(self.tensor_parallel))
@@ -136,10 +146,14 @@ class InferenceConfig:
         object.__setattr__(self, "prompt", _texts(self.prompt))
         for name in ("model", "prompts", "output"):
             in_range(name, getattr(self, name), (str, Path), lambda value: str(value) != "", "a path", optional=True)
-        for name in ("record_decode", "progress", "json"):
+        for name in ("bind_cores", "record_decode", "progress", "json", "profile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         one_of("device", str(self.device).split(":")[0], ("auto", "cpu", "cuda"))
+        if self.weights is not None:
+            one_of("weights", self.weights, WEIGHTS)
+            if self.dtype is not None:
+                check_dtype_of_weights(self.weights, self.dtype)
         one_of("kernels", self.kernels, ("auto", "native", "reference"))
         one_of("reduction", self.reduction, ("auto", "shared_memory", "torch"))
         one_of("hide_reductions", self.hide_reductions, HIDE_REDUCTIONS)
@@ -150,6 +164,9 @@ class InferenceConfig:
         in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
         in_range("batch_size", self.batch_size, int, lambda value: value >= 1, "a positive integer")
         check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        for name in ("prompts", "output"):
+            if self.profile and getattr(self, name) is not None:
+                raise ValueError(f"profile: expected no {name} beside it, found {name}: {getattr(self, name)}")
 
     @classmethod
     def from_dict(cls, options: Mapping) -> InferenceConfig:
@@ -173,6 +190,12 @@ class InferenceConfig:
         if "tensor_parallel" in given:
             given["tensor_parallel"] = {"tp_size": given["tensor_parallel"]}
         return cls.from_dict({**(read_preset(preset) if preset else {}), **given})
+
+
+def check_dtype_of_weights(weights: str | None, dtype: torch.dtype) -> None:
+    """Raise ValueError where a model that runs in `dtype` cannot keep its weights so."""
+    if weights is not None and dtype is not torch.bfloat16:
+        raise ValueError(f"weights: expected dtype {torch.bfloat16} beside {weights}, found {dtype}")
 
 
 def read_preset(name: str | Path) -> dict:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import ssm_kernels
 from deepspeed_inference import policy
-from deepspeed_inference.config import DTYPES, InferenceConfig, read_preset
+from deepspeed_inference.config import DTYPES, InferenceConfig, check_dtype_of_weights, read_preset
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.generate import stream
 from deepspeed_inference.packing import Packing
@@ -34,6 +34,10 @@ from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSourc
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family, family_of
 from megatron_ssm.overlap import Overlap
+
+# Tokens of a prefill that run at once, where all that passes from one piece to the next is the state: the memory that a
+# prompt takes does not grow with it.
+PIECE_TOKENS = 2048
 
 
 @torch.inference_mode(False)  # parameters are ordinary tensors, wherever the caller makes the engine
@@ -67,6 +71,7 @@ def init_inference(
         reduction=place.reduction,
         dtype=opened.dtype,
         device=place.device,
+        weights=options.weights,
         progress=progress,
     )
     opened.source.close()
@@ -178,8 +183,7 @@ class SSMInferenceEngine(InferenceEngine):
         context.reserve(width if lengths is None else lengths)
         ids = input_ids.to(self.device)
         if packing is None:
-            output, residual = self._run(ids, context, None)
-            output, residual = output[:, -1], residual[:, -1]
+            output, residual = self._run_pieces(ids, context)
         else:
             output, residual = self._run(packing.pack(ids), context, packing.cu_seqlens)
             output, residual = packing.last(output), packing.last(residual)
@@ -287,6 +291,14 @@ class SSMInferenceEngine(InferenceEngine):
         """Let go of what the ranks share."""
         self.reduction.close()
 
+    def _run_pieces(self, ids: torch.Tensor, context: SSMInferenceContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `_run` returns at the last token of whole rows, [B, L] ids, however long they are."""
+        # Attention would have to mask its keys in every piece but the first.
+        length = ids.shape[1] if context.grows else max(1, PIECE_TOKENS // ids.shape[0])
+        for piece in ids.split(length, dim=1):
+            output, residual = self._run(piece, context, None)
+        return output[:, -1], residual[:, -1]
+
     def _run(
         self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None, step: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -350,18 +362,20 @@ def _open(model: PreTrainedModel | str | Path | None, options: InferenceConfig, 
     if isinstance(model, PreTrainedModel):
         family = family_of(model.config, type(model).__name__)
         family.check(model.config, ranks)
-        return _Opened(model.eval(), family, ModuleSource(model), _dtype(options.dtype or model.dtype), None)
+        return _Opened(model.eval(), family, ModuleSource(model), _dtype(options, model.dtype), None)
     directory = model_directory(options.model)
     config, family = read_config(directory)
     family.check(config, ranks)
-    dtype = _dtype(options.dtype or getattr(config, "dtype", None) or torch.float32)
+    dtype = _dtype(options, getattr(config, "dtype", None) or torch.float32)
     empty = empty_model(config, family, directory)
     return _Opened(empty, family, SafetensorsSource(directory, family.renames), dtype, directory)
 
 
-def _dtype(dtype: torch.dtype) -> torch.dtype:
+def _dtype(options: InferenceConfig, stored: torch.dtype) -> torch.dtype:
+    dtype = options.dtype or stored
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype} in the checkpoint's config")
+    check_dtype_of_weights(options.weights, dtype)
     return dtype
 
 

@@ -9,6 +9,7 @@ import torch
 
 import ssm_kernels
 from deepspeed_inference.config import InferenceConfig
+from deepspeed_inference.cores import bind, own_cores
 from deepspeed_inference.freed_memory import keep_freed_memory
 from megatron_ssm.collectives import (
     ParallelGroups,
@@ -46,11 +47,11 @@ class Placement:
             groups = ParallelGroups.of(group, options.tensor_parallel.tp_size)
         else:
             groups = init_groups(options.tensor_parallel.tp_size, device.type, options.reduction_timeout)
-        threads = options.threads or (_fair_threads(groups) if group is None and device.type == "cpu" else None)
-        if threads is not None:
-            torch.set_num_threads(threads)
         if group is None and device.type == "cpu":
+            _take_cores(groups, options)
             keep_freed_memory()
+        elif options.threads is not None:
+            torch.set_num_threads(options.threads)
         ssm_kernels.backend_report()  # builds the native library now, not in the middle of the first prompt
         reduction = _reduction(groups, device, options)
         if reduction.size > 1:
@@ -93,11 +94,15 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _fair_threads(groups: ParallelGroups) -> int | None:
-    """This rank's share of its host's cores; None where one rank has the host, or the user has chosen."""
+def _take_cores(groups: ParallelGroups, options: InferenceConfig) -> None:
+    """Give this rank its share of the host's cores, and a thread for each."""
+    affinities, place = groups.on_this_host(frozenset(os.sched_getaffinity(0)))
+    cores, threads = own_cores(affinities, place)
+    if options.bind_cores and cores != affinities[place]:
+        bind(cores)
     # torchrun sets OMP_NUM_THREADS by itself, so under it the variable says nothing of the user.
     chosen = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    ranks = groups.local_ranks()
-    if ranks == 1 or chosen:
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif len(affinities) > 1 and not chosen:
+        torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from deepspeed_inference.engine import SSMInferenceEngine
+from ssm_kernels.int8_weight import Int8Weight
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Measurements:
     def summary(self, engine: SSMInferenceEngine) -> dict | None:
         """The numbers by name, on the first rank of all; every rank calls it. Times are those of the first replica."""
         steps = len(self.next_token)
-        parameters = sum({id(p): p.nbytes for p in engine.module.parameters()}.values())
+        parameters = sum(parameter.nbytes for parameter in engine.module.parameters())
+        parameters += sum(m.nbytes for m in engine.module.modules() if isinstance(m, Int8Weight))
         resident = engine.reduction.exchange(psutil.Process().memory_info().rss)
         throughput = self.tokens / self.seconds if self.seconds else 0.0
         shares = engine.groups.gather_objects((throughput, resident))

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.engine import init_inference
 from deepspeed_inference.generate import stream
+from deepspeed_inference.profile import Profile, take_profile
 from deepspeed_inference.prompts import Prompt, answer
 from deepspeed_inference.report import Measurements
 from deepspeed_inference.sampling import Sampling
@@ -83,6 +84,13 @@ class Session:
     def summary(self) -> dict | None:
         """The numbers of the run, on the first rank; every rank calls it."""
         return self.measurements.summary(self.engine)
+
+    def profile(self, prompt: Prompt, tokens: int | None = None) -> Profile:
+        """Where the time of a step goes, behind a prompt, or behind so many `tokens` of it over and over."""
+        ids = torch.tensor([self._encode(prompt)])
+        if tokens is not None:
+            ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+        return take_profile(self.engine, ids)
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[dict]:
         size = self.config.batch_size

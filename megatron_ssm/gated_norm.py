@@ -96,7 +96,7 @@ class GatedNorm(nn.Module):
 
     def _outputs_by_group(self, product: torch.Tensor, out_proj: RowParallelLinear) -> torch.Tensor:
         outputs: dict[int, torch.Tensor] = {}
-        columns = out_proj.weight.chunk(len(self.groups_here), dim=1)
+        columns = out_proj.columns(len(self.groups_here))
         for group, run, weight in zip(self.groups_here, product.chunk(len(columns), dim=-1), columns, strict=True):
             output = F.linear(run, weight)
             outputs[group] = outputs[group] + output if group in outputs else output

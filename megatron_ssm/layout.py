@@ -107,6 +107,8 @@ class ParameterLayout:
         outer: a dimension in front of `dim`, cut instead of it while the ranks divide it; more ranks than that share
             one entry of it and cut `dim` (Zamba's heads).
         keep_fp32: the parameter is used in fp32 (or fp64), whatever dtype the model runs in.
+        keep_dtype: it stays in the model's dtype where weights are kept in fewer bits: it feeds exponentials or
+            choices, or is no matrix.
         pad: rows of zeros are appended so that any number of ranks divides them (vocabularies).
         partial_gradient: what every rank computes from it is only a part of its gradient, although it is whole there.
     """
@@ -117,6 +119,7 @@ class ParameterLayout:
     interleaved: bool = False
     outer: int | None = None
     keep_fp32: bool = False
+    keep_dtype: bool = False
     pad: bool = False
     partial_gradient: bool = False
 
@@ -130,6 +133,23 @@ class ParameterLayout:
         assert not self.pad or len(self.segments) == 1
         assert not self.interleaved or len({segment.size for segment in self.segments}) == 1
         assert self.outer is None or (self.outer < self.dim and len(self.segments) == 1)
+
+    @property
+    def takes_fewer_bits(self) -> bool:
+        """Whether it is a linear map [out, in], or several [.., out, in], that may be kept in fewer bits."""
+        return len(self.shape) > 1 and not (self.keep_fp32 or self.keep_dtype)
+
+    def check_groups(self, name: str, ranks: int, group: int) -> None:
+        """Raise ValueError if `ranks` ranks would cut groups of so many neighbouring inputs, which share a scale."""
+        if ranks == 1 or self.dim != len(self.shape) - 1:
+            return
+        for piece in self.local_segments(ranks).values():
+            width = piece.stop - piece.start
+            if width % group:
+                raise ValueError(
+                    f"int8 weights: expected {name} in pieces whose width is a multiple of {group}, found a width of "
+                    f"{width} on each of {ranks} ranks"
+                )
 
     def check(self, name: str, ranks: int) -> None:
         """Raise ValueError if `ranks` ranks cannot share the parameter."""

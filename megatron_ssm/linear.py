@@ -1,7 +1,8 @@
 """Linear layers and the embedding, cut across ranks: megatron-core's, without a collective inside.
 
 Each returns what this rank can compute alone. Whoever calls it decides when to reduce, and through what: the mixers
-by `megatron_ssm.collectives`. A rank group of None means that one rank holds everything.
+by `megatron_ssm.collectives`. A rank group of None means that one rank holds everything. A weight that is kept in int8
+is an Int8Weight.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 import ssm_kernels
 from megatron_ssm.collectives import EMBEDDING, Reduction
 from megatron_ssm.layout import ParameterLayout
+from ssm_kernels.int8_weight import Int8Weight
 
 
 def _megatron_config(dtype: torch.dtype) -> ModelParallelConfig:
@@ -81,6 +83,11 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
     def forward(self, piece: torch.Tensor) -> torch.Tensor:
         """[..., I/T] -> this rank's partial sum [..., D]."""
         return ssm_kernels.linear(piece, self.weight)
+
+    def columns(self, pieces: int) -> tuple[torch.Tensor, ...]:
+        """This rank's columns of W in so many equal pieces, one behind the other: each [D, I/T / pieces]."""
+        weight = self.weight.dequantized() if isinstance(self.weight, Int8Weight) else self.weight
+        return weight.chunk(pieces, dim=1)
 
 
 class ReplicatedLinear(nn.Module):
@@ -149,11 +156,15 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """`forward` of ids that were checked before."""
         if self.reduction.size == 1:
-            return F.embedding(ids, self.weight)
+            return _rows(self.weight, ids)
         local = ids - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
-        partial = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        partial = _rows(self.weight, local.masked_fill(elsewhere, 0))
         return self.reduction.reduce(partial.masked_fill(elsewhere.unsqueeze(-1), 0), EMBEDDING)
+
+
+def _rows(weight: torch.Tensor | Int8Weight, numbers: torch.Tensor) -> torch.Tensor:
+    return weight.look_up(numbers) if isinstance(weight, Int8Weight) else F.embedding(numbers, weight)
 
 
 class VocabParallelHead(ColumnParallelLinear):

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tiny_variants import ALL_VARIANTS, MAMBA_1, SHAPES, TOKENS
+from tiny_variants import ALL_VARIANTS, MAMBA_1, SHAPES, TOKENS, WIDE
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 VARIANTS = MAMBA_1
@@ -19,8 +19,8 @@ SHAPE = {**TOKENS, **SHAPES["mamba"]}
 
 
 def tiny_model(variant: str = "mamba", seed: int = 0, **changes) -> torch.nn.Module:
-    """A random transformers model of one of ALL_VARIANTS, fp32, in eval mode."""
-    kind, options = ALL_VARIANTS[variant]
+    """A random transformers model of one of ALL_VARIANTS or WIDE, fp32, in eval mode."""
+    kind, options = {**ALL_VARIANTS, **WIDE}[variant]
     config = CONFIG_MAPPING[kind](**{**TOKENS, **SHAPES[kind], **options, **changes})
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     generator = torch.Generator().manual_seed(seed)

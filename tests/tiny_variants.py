@@ -266,6 +266,17 @@ HYBRIDS = {
     ),
 }
 ALL_VARIANTS = {**MAMBA_1, **MAMBA_2, **HYBRIDS}
+# Wide enough for int8 weights: what four ranks share is cut into multiples of 32.
+WIDE = {
+    "wide-mamba": ("mamba", {"hidden_size": 40, "intermediate_size": 128}),
+    "wide-falcon_mamba": ("falcon_mamba", {**UNTIED, "hidden_size": 40, "intermediate_size": 256}),
+    "wide-mamba2-groups2": ("mamba2", {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    "wide-jamba": ("jamba", {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}),
+    "wide-granitemoehybrid": (
+        "granitemoehybrid",
+        {**TIED, "hidden_size": 128, "intermediate_size": 128, "shared_intermediate_size": 256},
+    ),
+}
 
 EIGHT_RANKS = frozenset(
     {

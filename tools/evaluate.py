@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--positions", type=int, metavar="N", help="also the score by position, in rows of N tokens")
     parser.add_argument("--window", type=int, metavar="N", help="beside it that of the state emptied every N tokens")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--weights", metavar="INT8", help="int8: those of the linear layers; with --dtype bfloat16")
     parser.add_argument("--reduction", default="auto", help="auto, shared_memory or torch: how the ranks add up")
     parser.add_argument(
         "--quantized-all-reduce",
@@ -52,7 +53,7 @@ def main() -> int:
             raise ValueError("expected --positions beside --window, found none")
         if not files:
             raise ValueError("expected files, or --held-out, found neither")
-        names = ("model", "dtype", "reduction", "quantized_all_reduce")
+        names = ("model", "dtype", "weights", "reduction", "quantized_all_reduce")
         with Session(InferenceConfig(**{name: getattr(arguments, name) for name in names})) as session:
             engine, tokenizer, positions = session.engine, session.tokenizer, []
             if arguments.positions is not None:

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +41,35 @@ _pack_call = struct.Struct("=2q").pack  # struct Call
 _recorded_on: Tape | None = None
 
 
+class ForeignCall(NamedTuple):
+    """A function of another native library, as a tape plays it.
+
+    Attributes:
+        name: what `Tape.timed` calls it.
+        address: of a function that takes one pointer, to `block`, and returns 0 or that it failed.
+        block: its arguments.
+        kept: what they point to.
+        ready: called before any call of a run is made; raises where none can be.
+        done: called after each call.
+        failed: raises what a call that returned something else means.
+    """
+
+    name: str
+    address: int
+    block: ctypes.Array
+    kept: object
+    ready: Callable[[], None]
+    done: Callable[[], None]
+    failed: Callable[[], None]
+
+
+class _OwnCall(NamedTuple):
+    # Of an entry point of ssm_kernels: the same without what may go wrong outside.
+    name: str
+    address: int
+    block: ctypes.Array
+
+
 class Tape:
     """What was recorded.
 
@@ -49,8 +80,9 @@ class Tape:
     def __init__(self) -> None:
         self.refusal: str | None = "nothing was recorded"
         self._steps: list[Callable[[], None]] = []
-        self._calls: list[tuple[int, ctypes.Array]] = []  # native ones since the last step
+        self._run: list[_OwnCall | ForeignCall] = []  # native calls since the last step
         self._kept: list = []  # whatever a recorded pointer points to
+        self._log: list[tuple[str, Callable[[], None]]] = []  # every call by its name, for timed()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -60,7 +92,7 @@ class Tape:
         self.refusal = None
         _recorded_on = self
         try:
-            with _Watch(self), library.calls_seen_by(self._native):
+            with _Watch(self), library.calls_seen_by(self._own_call):
                 yield
         except BaseException:
             self.refusal = "what was recorded raised"
@@ -69,36 +101,73 @@ class Tape:
             _recorded_on = None
             self._end_run()
             if self.refusal is not None:
-                self._steps, self._kept = [], []
+                self._steps, self._kept, self._log = [], [], []
 
+    @torch.inference_mode()
     def play(self) -> None:
         """Compute again, from the present contents of the tensors that were read, into those that were made."""
         assert self.refusal is None, self.refusal
         for step in self._steps:
             step()
 
-    def _native(self, name: str, block: bytes) -> None:
-        self._calls.append((library.address(name), ctypes.create_string_buffer(block, len(block))))
+    @torch.inference_mode()
+    def timed(self) -> list[tuple[str, float]]:
+        """play(), call by call: the name of each (entry point or op of torch) and the seconds it took."""
+        assert self.refusal is None, self.refusal
+        times = []
+        for name, call in self._log:
+            began = time.perf_counter()
+            call()
+            times.append((name, time.perf_counter() - began))
+        return times
 
-    def _other(self, step: Callable[[], None]) -> None:
+    def foreign(self, call: ForeignCall) -> None:
+        """Add a call of another library, which its caller has made already."""
+        self._native(call)
+        self._kept.append(call.kept)
+
+    def _own_call(self, name: str, block: bytes) -> None:
+        self._native(_OwnCall(name, library.address(name), ctypes.create_string_buffer(block, len(block))))
+
+    def _native(self, call: _OwnCall | ForeignCall) -> None:
+        self._run.append(call)
+        self._log.append((call.name, _player([call])))
+
+    def _other(self, name: str, step: Callable[[], None]) -> None:
         self._end_run()
+        self._log.append((name, step))
         self._steps.append(step)
 
     def _end_run(self) -> None:
         """Make one step of the native calls so far."""
-        if not self._calls:
-            return
-        blocks = [block for _, block in self._calls]
-        calls = b"".join(_pack_call(function, ctypes.addressof(block)) for function, block in self._calls)
-        self._kept.append(blocks)
-        play, count = library.library().play_calls, len(blocks)
+        if self._run:
+            self._steps.append(_player(self._run))
+            self._run = []
 
-        def step() -> None:
-            if failed := play(calls, count):
-                raise RuntimeError(f"native call {failed} of {count} on this tape failed: an argument is out of range")
 
-        self._steps.append(step)
-        self._calls = []
+def _player(run: list[_OwnCall | ForeignCall]) -> Callable[[], None]:
+    """What plays native calls, one after the other, as one call."""
+    calls = b"".join(_pack_call(call.address, ctypes.addressof(call.block)) for call in run)
+    foreign = [call for call in run if isinstance(call, ForeignCall)]
+    ready, done = dict.fromkeys(call.ready for call in foreign), [call.done for call in foreign]
+    play, count = library.library().play_calls, len(run)
+
+    def step() -> None:
+        for check in ready:
+            check()
+        if failed := play(calls, count):
+            if isinstance(run[failed - 1], ForeignCall):
+                run[failed - 1].failed()
+            raise RuntimeError(f"{run[failed - 1].name}, recorded on this tape, failed: an argument is out of range")
+        for note in done:
+            note()
+
+    return step
+
+
+def recorder() -> Tape | None:
+    """The tape that records now."""
+    return _recorded_on
 
 
 def opaque(function: Callable, *arguments):
@@ -112,11 +181,27 @@ def opaque(function: Callable, *arguments):
     tape = _recorded_on
     if tape is None:
         return function(*arguments)
-    with _disable_current_modes(), library.calls_seen_by(None):
+    with _nothing_recorded():
         result = function(*arguments)
     tape._kept.append((arguments, result))
-    tape._other(lambda: _copy(function(*arguments), result))
+    tape._other(function.__qualname__, lambda: _copy(function(*arguments), result))
     return result
+
+
+def recorded_so_far() -> int:
+    """How many calls the tape that records now has; 0 where none records. They are numbered as in Tape.timed()."""
+    return 0 if _recorded_on is None else len(_recorded_on._log)
+
+
+@contextmanager
+def _nothing_recorded() -> Iterator[None]:
+    global _recorded_on
+    tape, _recorded_on = _recorded_on, None
+    try:
+        with _disable_current_modes(), library.calls_seen_by(None):
+            yield
+    finally:
+        _recorded_on = tape
 
 
 def refuse(reason: str) -> None:
@@ -156,11 +241,11 @@ class _Watch(TorchDispatchMode):
         # Kept even where a view of it would do, so that its memory is nobody else's.
         tape._kept.append((arguments, keywords, result))
         if op._schema.is_mutable:
-            tape._other(lambda: op(*arguments, **keywords))
+            tape._other(str(op), lambda: op(*arguments, **keywords))
         elif op in _MAKES_ROOM or _is_view(result, arguments):
             pass
         elif isinstance(result, Tensor):
-            tape._other(lambda: result.copy_(op(*arguments, **keywords)))
+            tape._other(str(op), lambda: result.copy_(op(*arguments, **keywords)))
         else:
             refuse(f"{op} gives Python what a tape cannot give it again")
         return result

@@ -6,13 +6,14 @@ piece of one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from megatron_ssm.layout import ParameterLayout
+from ssm_kernels.int8_weight import Int8Weight
 
 
 class TensorSource(Protocol):
@@ -33,9 +34,10 @@ def load_parameters(
     rank: int,
     ranks: int,
     device: torch.device,
+    in_int8: Collection[str] = (),
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Give every parameter of the table its data: this rank's piece, in the parameter's own dtype.
+    """Give every parameter of the table its data: this rank's piece, in the parameter's own dtype or in int8.
 
     Args:
         model: its parameters carry the names of the table and may lie on the meta device.
@@ -43,6 +45,7 @@ def load_parameters(
         source: whole tensors, by the same names.
         rank, ranks: which piece.
         device: where the parameters shall lie.
+        in_int8: names of those that become an Int8Weight as soon as they are read.
         progress: wraps the iteration over the table.
 
     Raises:
@@ -55,7 +58,17 @@ def load_parameters(
     assert not missing, f"the model has no parameters {missing}"
     for name in progress(table):
         piece = _read_piece(name, table[name], source, rank, ranks, parameters[name].dtype)
-        _set_parameter(model, name, piece.to(device))
+        if name in in_int8:
+            _set_module(model, name, int8_weight(piece).to(device))
+        else:
+            _set_parameter(model, name, piece.to(device))
+
+
+def int8_weight(weight: torch.Tensor) -> nn.Module:
+    """An Int8Weight of [out, in], or a list of them of [count, out, in]."""
+    if weight.dim() == 2:
+        return Int8Weight.quantized(weight)
+    return nn.ModuleList(map(int8_weight, weight))
 
 
 def _check_shapes(table: Mapping[str, ParameterLayout], source: TensorSource) -> None:
@@ -93,3 +106,10 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     setattr(owner, leaf, new)
+
+
+def _set_module(model: nn.Module, name: str, value: nn.Module) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    delattr(owner, leaf)  # a module does not take a parameter's place by itself
+    setattr(owner, leaf, value)

@@ -26,8 +26,6 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 _FAREWELL_SECONDS = 0.1
 _PATIENCE = timedelta(days=30)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-# torchrun's and DeepSpeed's names for the same number.
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,21 @@ class ParallelGroups:
             dist.gather_object(obj if self.tensor_rank == 0 else None, gathered, group=self.world, group_dst=0)
         return gathered[:: self.tensor_size] if gathered is not None else None
 
-    def local_ranks(self) -> int:
-        """How many ranks share this host: the launcher's word, else every rank is asked. All of them call this."""
+    def on_this_host(self, value: Any) -> tuple[list[Any], int]:
+        """Tell the ranks that share this host a picklable value.
+
+        Every rank of the launch calls this.
+
+        Returns:
+            the values of this host's ranks, in rank order, and the place of this rank's among them.
+        """
         if self.world_size == 1:
-            return 1
-        for name in _LOCAL_SIZES:
-            if name in os.environ:
-                return int(os.environ[name])
-        hosts = [None] * self.world_size
+            return [value], 0
+        told = [None] * self.world_size
         with as_reduction_error("an exchange of objects"):
-            dist.all_gather_object(hosts, host_identity(), group=self.world)
-        return hosts.count(host_identity())
+            dist.all_gather_object(told, (host_identity(), dist.get_rank(), value), group=self.world)
+        ranks = {rank: theirs for host, rank, theirs in told if host == host_identity()}
+        return list(ranks.values()), list(ranks).index(dist.get_rank())
 
 
 def init_groups(

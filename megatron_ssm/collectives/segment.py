@@ -212,6 +212,7 @@ def _library() -> ctypes.CDLL:
         "reduction_start": (integer, [pointer, pointer, count, count]),
         "reduction_finish": (integer, [pointer, pointer, pointer, count, count]),
         "reduction_run": (integer, [pointer, pointer, pointer, count, count]),
+        "reduction_play": (count, [pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -6,6 +6,7 @@ bits. Other dtypes are summed by torch.distributed. The protocol is described in
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_ssm.collectives.reduction import ALL_GATHER, DoneHandle, Handle, Reduction, ReductionError, Site
 from megatron_ssm.collectives.segment import Segment
 from megatron_ssm.collectives.torch_reduction import TorchReduction
+from ssm_kernels.tape import ForeignCall, recorder
 
 # Ranks may load their slices of a checkpoint at different speeds.
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -66,6 +68,34 @@ class SharedMemoryReduction(Reduction):
         self._pending: deque[_SharedMemoryHandle] = deque()
         self._operations = 0
         self._problem: str | None = None
+
+    def reduce(self, partial: Tensor, site: Site) -> Tensor:
+        tape, kind = recorder(), self._kind(partial)
+        if tape is None or kind is None or self._pending or not partial.numel():
+            return super().reduce(partial, site)
+        source = partial.contiguous()
+        result = torch.empty_like(source)
+        self._run(source, result, kind, site)
+        tape.foreign(self._played(source, result, kind, site))
+        return result
+
+    def _played(self, source: Tensor, result: Tensor, kind: int, site: Site) -> ForeignCall:
+        """A reduction without the Python around it."""
+        block = (ctypes.c_int64 * 6)(self._context, source.data_ptr(), result.data_ptr(), source.nbytes, kind, 0)
+        address = ctypes.cast(self._segment.library.reduction_play, ctypes.c_void_p).value
+
+        def done() -> None:
+            self._operations += 1
+            self.traffic.record(site.name, source.nbytes)
+
+        def failed() -> None:
+            self._fail(block[5], site, self._operations + 1)
+
+        return ForeignCall(site.name, address, block, (source, result), self._make_ready, done, failed)
+
+    def _make_ready(self) -> None:
+        self._finish_pending()
+        self._check()
 
     def _reduce(self, partial: Tensor, site: Site) -> Tensor:
         if self._pending or (partial.requires_grad and torch.is_grad_enabled()):

@@ -71,7 +71,7 @@ def _(config: Mamba1Config) -> Table:
     packed = {"dim": 0, "segments": x_and_z, "interleaved": config.heads is not None}
     table = {
         "in_proj.weight": ParameterLayout(shape=(2 * inner, hidden), **packed),
-        "conv1d.weight": ParameterLayout(shape=(inner, 1, config.conv_width), dim=0),
+        "conv1d.weight": ParameterLayout(shape=(inner, 1, config.conv_width), dim=0, keep_dtype=True),
         "out_proj.weight": ParameterLayout(shape=(hidden, inner), dim=1),
     }
     table |= _one_head(config) if config.heads is None else _several_heads(config)
@@ -91,8 +91,8 @@ def _(config: Mamba1Config) -> Table:
 def _one_head(config: Mamba1Config) -> Table:
     inner, states, rank = config.inner_size, config.state_size, config.dt_rank
     return {
-        "x_proj.weight": ParameterLayout(shape=(rank + 2 * states, inner), dim=1),
-        "dt_proj.weight": ParameterLayout(shape=(inner, rank), dim=0),
+        "x_proj.weight": ParameterLayout(shape=(rank + 2 * states, inner), dim=1, keep_dtype=True),
+        "dt_proj.weight": ParameterLayout(shape=(inner, rank), dim=0, keep_dtype=True),
         "dt_proj.bias": ParameterLayout(shape=(inner,), dim=0, keep_fp32=True),
         "A_log": ParameterLayout(shape=(inner, states), dim=0, keep_fp32=True),
         "D": ParameterLayout(shape=(inner,), dim=0, keep_fp32=True),
@@ -104,8 +104,8 @@ def _several_heads(config: Mamba1Config) -> Table:
     width = config.inner_size // heads
     by_head = {"dim": 1, "outer": 0}
     return {
-        "x_proj_weight": ParameterLayout(shape=(heads, rank + 2 * states, width), dim=2, outer=0),
-        "dt_proj_weight": ParameterLayout(shape=(heads, width, rank), **by_head),
+        "x_proj_weight": ParameterLayout(shape=(heads, rank + 2 * states, width), dim=2, outer=0, keep_dtype=True),
+        "dt_proj_weight": ParameterLayout(shape=(heads, width, rank), keep_dtype=True, **by_head),
         "dt_proj_bias": ParameterLayout(shape=(heads, width), keep_fp32=True, **by_head),
         "A_log": ParameterLayout(shape=(heads, width, states), keep_fp32=True, **by_head),
         "D": ParameterLayout(shape=(heads, width), keep_fp32=True, **by_head),
@@ -149,7 +149,9 @@ def _(config: Mamba2Config) -> Table:
     exact = ParameterLayout(shape=(heads,), dim=0, segments=by_head, keep_fp32=True)
     table = {
         "in_proj.weight": ParameterLayout(shape=(rows, hidden), dim=0, segments=packed),
-        "conv1d.weight": ParameterLayout(shape=(width, 1, config.conv_width), dim=0, segments=channels),
+        "conv1d.weight": ParameterLayout(
+            shape=(width, 1, config.conv_width), dim=0, segments=channels, keep_dtype=True
+        ),
         "dt_bias": exact,
         "A_log": exact,
         "D": exact,
@@ -272,7 +274,7 @@ def _(config: MoEConfig) -> Table:
     # Every rank computes its part of every expert, so that the work is even whatever the router chooses. The router is
     # whole everywhere; its choice weighs partial outputs.
     expert = parameters(config.expert)
-    router = ParameterLayout(shape=(config.experts, config.hidden_size), partial_gradient=True)
+    router = ParameterLayout(shape=(config.experts, config.hidden_size), partial_gradient=True, keep_dtype=True)
     table = {f"{config.router}.weight": router}
     if config.routing == "sigmoid_with_groups":
         table[f"{config.router}.e_score_correction_bias"] = ParameterLayout(shape=(config.experts,), keep_fp32=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import ssm_kernels
@@ -103,9 +102,9 @@ class _Expert(MLP):
     # Its input has been copied to the ranks already, and its output is added to the others' before it is reduced.
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         config = self.config
-        outputs = [F.linear(tokens, getattr(self, name).weight) for name in config.inputs]
+        outputs = [ssm_kernels.linear(tokens, getattr(self, name).weight) for name in config.inputs]
         gate, up = outputs if config.gated else (None, outputs[0])
-        return F.linear(activate(config.activation, up, gate), self.output.weight)
+        return ssm_kernels.linear(activate(config.activation, up, gate), self.output.weight)
 
 
 class _Router(nn.Module):

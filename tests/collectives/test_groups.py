@@ -14,7 +14,7 @@ def stand(context: RankContext, tensor_size: int | None) -> tuple:
         assert (reduction.rank, reduction.size) == (groups.tensor_rank, groups.tensor_size)
         total = reduction.reduce(torch.tensor([10.0**context.rank]), OUT_PROJ).item()
     gathered = groups.gather_objects({"world rank": context.rank})
-    local = groups.local_ranks()
+    local = groups.on_this_host(f"world rank {context.rank}")
     return groups.tensor_rank, groups.tensor_size, groups.replica, groups.replicas, total, gathered, local
 
 
@@ -31,7 +31,7 @@ def test_consecutive_ranks_share_a_model(ranks, tensor_size, expected):
     assert [entry[:5] for entry in found] == expected
     leaders = [{"world rank": rank} for rank in range(0, 4, tensor_size or 4)]
     assert [entry[5] for entry in found] == [leaders, None, None, None]
-    assert [entry[6] for entry in found] == [4, 4, 4, 4]
+    assert [entry[6] for entry in found] == [([f"world rank {rank}" for rank in range(4)], rank) for rank in range(4)]
 
 
 def ask_for_three(context: RankContext) -> None:
@@ -55,7 +55,7 @@ def test_without_a_launcher(monkeypatch, tensor_size):
     groups = init_groups(tensor_size, "cpu")
     assert groups == ParallelGroups(None, 0, 1, 0, 1)
     assert groups.gather_objects("answer") == ["answer"]
-    assert groups.local_ranks() == 1
+    assert groups.on_this_host("value") == (["value"], 0)
     assert not dist.is_initialized()
 
 
@@ -71,7 +71,7 @@ def launched() -> None:
     groups = init_groups(device="cpu", timeout=30)
     with make_reduction(groups.tensor_group, "cpu") as reduction:
         total = reduction.reduce(torch.tensor([groups.tensor_rank + 1.0]), OUT_PROJ).item()
-        print(groups.tensor_rank, groups.tensor_size, dist.get_backend(), total, groups.local_ranks())
+        print(groups.tensor_rank, groups.tensor_size, dist.get_backend(), total, *groups.on_this_host(0))
     dist.destroy_process_group()
 
 
@@ -81,8 +81,8 @@ def launched_wrongly() -> None:
 
 def test_a_launch_initialises_torch_distributed(monkeypatch):
     clear_launch(monkeypatch)
-    ended = launch_ranks(launched, 2, env={"LOCAL_SIZE": "7"})
-    assert [rank.stdout for rank in ended] == ["0 2 gloo 3.0 7\n", "1 2 gloo 3.0 7\n"], ended
+    ended = launch_ranks(launched, 2)
+    assert [rank.stdout for rank in ended] == ["0 2 gloo 3.0 [0, 0] 0\n", "1 2 gloo 3.0 [0, 0] 1\n"], ended
     assert [rank.returncode for rank in ended] == [0, 0]
 
 

@@ -20,6 +20,7 @@ CHANGED = {
     "model": ("--model", "elsewhere", "elsewhere"),
     "tensor_parallel": ("--tp-size", "2", 2),
     "dtype": ("--dtype", "bf16", torch.bfloat16),
+    "weights": ("--weights", "int8", "int8"),
     "device": ("--device", "cpu", "cpu"),
     "threads": ("--threads", "3", 3),
     "kernels": ("--kernels", "reference", "reference"),
@@ -27,6 +28,8 @@ CHANGED = {
     "reduction_timeout": ("--reduction-timeout", "7.5", 7.5),
     "quantized_all_reduce": ("--quantized-all-reduce", "int6", QuantizedAllReduceConfig(codec="int6")),
     "hide_reductions": ("--hide-reductions", "never", "never"),
+    "bind_cores": ("--no-bind-cores", None, False),
+    "record_decode": ("--no-record-decode", None, False),
     "progress": ("--no-progress", None, False),
     "max_new_tokens": ("--max-new-tokens", "5", 5),
     "temperature": ("--temperature", "0.5", 0.5),
@@ -38,6 +41,7 @@ CHANGED = {
     "output": ("--output", "out.jsonl", "out.jsonl"),
     "batch_size": ("--batch-size", "3", 3),
     "json": ("--json", None, True),
+    "profile": ("--profile", None, True),
 }
 
 
@@ -109,6 +113,8 @@ def test_presets_that_are_not_there():
     [
         ("dtype", "int7"),
         ("dtype", torch.int8),
+        ("weights", "int4"),
+        ("weights", True),
         ("device", "tpu"),
         ("kernels", "fast"),
         ("reduction", "mpi"),
@@ -129,6 +135,7 @@ def test_presets_that_are_not_there():
         ("prompt", [3]),
         ("model", 3),
         ("json", "no"),
+        ("profile", 1),
         ("progress", 1),
         ("temperature", -1.0),
         ("temperature", float("nan")),
@@ -144,6 +151,18 @@ def test_presets_that_are_not_there():
 def test_values_out_of_range_name_the_field_and_what_was_found(name, value):
     with pytest.raises(ValueError, match=f"{name}.*(expected .* found|unknown keys)"):
         InferenceConfig(**{name: value})
+
+
+def test_int8_weights_are_of_a_bfloat16_model():
+    assert InferenceConfig(weights="int8", dtype="bf16").weights == "int8"
+    with pytest.raises(ValueError, match=r"weights: expected dtype torch\.bfloat16 beside int8, found torch\.float32"):
+        InferenceConfig(weights="int8", dtype="float32")
+
+
+@pytest.mark.parametrize("other", ["prompts", "output"])
+def test_a_profile_answers_no_prompts(other):
+    with pytest.raises(ValueError, match=f"profile: expected no {other} beside it, found {other}: some.jsonl"):
+        InferenceConfig(profile=True, **{other: "some.jsonl"})
 
 
 def test_help_speaks_of_every_option():

@@ -7,11 +7,12 @@ import torch
 from tiny import tiny_checkpoint
 
 import ssm_kernels
-from deepspeed_inference import engine, init_inference, placement, session
+from deepspeed_inference import cli, engine, init_inference, placement, session
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.prompts import Prompt
+from deepspeed_inference.prompts import Prompt, read_prompts
 from deepspeed_inference.sampling import Sampling
 from megatron_ssm.overlap import Overlap
+from ssm_kernels.int8_weight import Int8Weight
 
 
 @pytest.fixture
@@ -73,6 +74,26 @@ def test_hide_reductions():
         assert {layer.mixer.waits_late for layer in stack.layers} == {choice != "never"}
 
 
+def test_bind_cores(monkeypatch):
+    bound = []
+    monkeypatch.setattr(placement, "own_cores", lambda affinities, place: (frozenset({0}), 1))
+    monkeypatch.setattr(placement, "bind", bound.append)
+    for bind in (True, False):
+        init_inference(tiny_checkpoint(), bind_cores=bind)
+    assert bound == [frozenset({0})]
+
+
+def test_record_decode():
+    for record, refusal in ((True, None), (False, "record_decode is off")):
+        assert init_inference(tiny_checkpoint(), record_decode=record)._decode.refusal == refusal
+
+
+def test_weights():
+    for weights, kind in (("int8", Int8Weight), (None, torch.nn.Parameter)):
+        made = init_inference(tiny_checkpoint(), dtype="bf16", weights=weights)
+        assert type(made.stack.layers[0].mixer.in_proj.weight) is kind
+
+
 def test_progress(noted):
     calls = noted(engine, "tqdm")
     for progress in (True, False):
@@ -99,6 +120,15 @@ def test_sampling_and_lengths_reach_generation_and_batches_have_their_size(noted
         assert keywords["max_new_tokens"] == 3
         assert keywords["sampling"] == Sampling(temperature=0.5, top_k=4, top_p=0.9, seed=5)
     assert [record["tokens"] for record in records] == [3] * 5
+
+
+def test_profile(noted, capsys):
+    calls = noted(session, "take_profile")
+    for prompts, width in ((["def f"], 5), ([], 512)):
+        config = InferenceConfig(profile=True, prompt=prompts, dtype="float32")
+        assert cli._run(config, read_prompts(prompts or cli.DEMO_PROMPTS, None)) == 0
+        assert calls[-1][0][1].shape == (1, width)
+        assert f"prefill of {width} tokens" in capsys.readouterr().out
 
 
 def test_a_preset_by_name_and_keywords_over_it():

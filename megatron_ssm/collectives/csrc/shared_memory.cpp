@@ -417,4 +417,17 @@ int reduction_run(Context* context, const char* source, char* out, int64_t bytes
   if (int status = start(*context, source, bytes, kind)) return status;
   return finish(*context, source, out, bytes, kind);
 }
+
+// `reduction_run` with its arguments in memory, and its status left there: as a tape plays it.
+struct RunArguments {
+  Context* context;
+  const char* source;
+  char* out;
+  int64_t bytes, kind, status;
+};
+
+int64_t reduction_play(RunArguments* args) {
+  args->status = reduction_run(args->context, args->source, args->out, args->bytes, args->kind);
+  return args->status;
+}
 }
