@@ -146,7 +146,7 @@ def _time_layouts(
     from megatron_ssm.collectives import make_reduction
 
     torch.set_num_threads(1)
-    both = init_inference(_random_model(shape), dtype=dtype, threads=1)
+    both = init_inference(_random_model(shape), dtype=dtype, threads=1, bind_cores=False)
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()
     sleep = make_reduction(dist.group.WORLD, "cpu", kind="torch")  # its barrier does not spin

@@ -17,6 +17,7 @@ from megatron_ssm.mixers.mlp import MLP, activate
 from megatron_ssm.mixers.routing import route
 from megatron_ssm.module_path import attach
 from megatron_ssm.partial import Partial
+from ssm_kernels.tape import refuse
 
 
 class MoE(nn.Module):
@@ -63,6 +64,7 @@ class MoE(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> Partial:
         """[B, L, D] -> this rank's partial output; the caller reduces it and then adds `output_bias`."""
+        refuse("which experts run depends on the tokens")
         tokens = self.reduction.copy_to_ranks(hidden).flatten(0, -2)
         router = self.get_submodule(self.config.router)
         weights, chosen = route(self.config, tokens, router.weight, router.e_score_correction_bias)
