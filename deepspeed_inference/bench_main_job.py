@@ -6,6 +6,7 @@ machine whose speed drifts slows all of it alike. Ratios are medians over the ro
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import threading
@@ -60,13 +61,18 @@ def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, sha
 
 
 def over_ranks(dtype: torch.dtype, rounds: int, decode_steps: int, shape: dict, prompt: int = PROMPT) -> dict:
-    """One rank of one thread, one rank of two, and two ranks of one: prefill and decode, as `against_transformers`."""
+    """One rank of one thread, one rank of two, and two ranks of one: prefill and decode, as `against_transformers`.
+
+    Beside them two ranks of one thread that each run a model of their own at once ("both_1x1").
+    """
     seconds = on_ranks(_time_layouts, 2, dtype, rounds, decode_steps, shape, prompt)[0]
     result = {}
-    for layout in ("1x1", "1x2", "2x1"):
+    for layout in ("1x1", "1x2", "2x1", "both_1x1"):
         result[f"{layout}_prefill_tokens_per_second"] = prompt / statistics.median(seconds[f"{layout}_prefill"])
         result[f"{layout}_decode_ms"] = 1e3 * statistics.median(seconds[f"{layout}_decode"]) / decode_steps
     result["prefill_speedup_of_2_ranks_over_1"] = ratio(seconds["1x1_prefill"], seconds["2x1_prefill"])
+    # What this machine has to give: two ranks that have nothing to do with one another.
+    result["prefill_speedup_of_2_strangers"] = 2 * ratio(seconds["1x1_prefill"], seconds["both_1x1_prefill"])
     result["decode_time_of_2_ranks_over_2_threads"] = ratio(seconds["2x1_decode"], seconds["1x2_decode"])
     return result
 
@@ -142,6 +148,7 @@ def _time_layouts(
 ) -> dict[str, list[float]]:
     import torch.distributed as dist
 
+    from deepspeed_inference.cores import bind, own_cores
     from deepspeed_inference.engine import init_inference
     from megatron_ssm.collectives import make_reduction
 
@@ -155,7 +162,11 @@ def _time_layouts(
     ids = _prompt(shape, prompt)
     seconds: dict[str, list[float]] = {}
 
+    everywhere = frozenset(os.sched_getaffinity(0))
+
     def measure(layout: str, engine, threads: int) -> None:
+        # As an engine binds its ranks that are several, and leaves one alone.
+        bind(own_cores([everywhere] * 2, rank)[0] if threads == 1 else everywhere)
         torch.set_num_threads(threads)
         ours = _Ours(engine, ids, decode_steps)
         for name, action in (("prefill", ours.prefill), ("decode", ours.decode)):
@@ -169,6 +180,8 @@ def _time_layouts(
                 measure(layout, alone, threads)
             sleep.barrier()  # the other rank sleeps here meanwhile
         measure("2x1", both, 1)
+        sleep.barrier()
+        measure("both_1x1", alone, 1)
         sleep.barrier()
         if turn == 0:
             seconds.clear()  # the first round warms up

@@ -117,9 +117,11 @@ class SSMInferenceContext(Cache):
     def reserve(self, tokens: int | torch.Tensor) -> None:
         """Make room for so many more tokens of every sequence, one number or one a row. Before the layers run."""
         self.check_alive()
-        needed = int((self.positions + tokens).max())
         growing = [store for stores in self._stores.values() for store in stores if store.grows]
-        if not growing or growing[0].data.shape[3] >= needed:
+        if not growing:
+            return
+        needed = int((self.positions + tokens).max())
+        if growing[0].data.shape[3] >= needed:
             return
         capacity = max(_FIRST_CAPACITY, needed, 2 * growing[0].data.shape[3])
         larger = [store.data.new_zeros((*store.data.shape[:3], capacity, *store.data.shape[4:])) for store in growing]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspeed_inference.context import SSMInferenceContext
+from megatron_ssm.mixers.recurrence import Recurrent
 from megatron_ssm.stack import Stack
 from ssm_kernels import dispatch
 from ssm_kernels.linear import MOST_ROWS
@@ -30,7 +31,9 @@ class RecordedDecode:
 
     def __init__(self, stack: Stack, record: bool = True):
         self._stack = stack
-        self._parameters = list(stack.parameters())
+        # A tape reads parameters where they lie, whatever they hold; only of these the layers keep what they made of them.
+        self._kept_as = [module.A_log for module in stack.modules() if isinstance(module, Recurrent)]
+        self._is_cpu = all(parameter.is_cpu for parameter in stack.parameters())
         self.refusal = None if record else "record_decode is off"
 
     def run(self, embeddings: Tensor, context: SSMInferenceContext) -> tuple[Tensor, Tensor]:
@@ -44,10 +47,10 @@ class RecordedDecode:
 
     def _can_record(self, context: SSMInferenceContext) -> bool:
         # Keys and values grow, and attention looks at positions; large batches spend their time in the kernels.
-        return not context.grows and context.batch_size <= MOST_ROWS and self._parameters[0].is_cpu
+        return not context.grows and context.batch_size <= MOST_ROWS and self._is_cpu
 
     def _circumstances(self) -> tuple:
-        versions = sum(parameter._version for parameter in self._parameters)
+        versions = [parameter._version for parameter in self._kept_as]
         return versions, torch.get_num_threads(), dispatch.is_forced("reference"), self._stack.reduction
 
     def _record(self, recording: _Recording, embeddings: Tensor, context: SSMInferenceContext) -> tuple[Tensor, Tensor]:

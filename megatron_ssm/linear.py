@@ -54,7 +54,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views of an output, one a segment of the layout, in its order."""
-        return output.split(self.segment_sizes, dim=-1)
+        return output.split_with_sizes(self.segment_sizes, dim=-1)
 
     def segment(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """[..., D] -> [..., rows of one segment on this rank]: a product of its own, of views of the parameters."""

@@ -8,8 +8,15 @@ slot; the layer reads and writes them in place.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
+
+
+@lru_cache(maxsize=64)  # every layer asks for the same
+@torch.inference_mode(False)
+def _first_slots(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, device=device)
 
 
 @dataclass
@@ -37,7 +44,7 @@ class LayerState:
         """[sequences] int64, each sequence's slot."""
         if self.indices is not None:
             return self.indices
-        return torch.arange(sequences, device=(self.ssm if self.ssm is not None else self.keys).device)
+        return _first_slots(sequences, (self.ssm if self.ssm is not None else self.keys).device)
 
     def of(self, sequence: int) -> LayerState:
         """The keys and values of one sequence, as a state of their own: views."""

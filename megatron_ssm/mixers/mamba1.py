@@ -152,7 +152,7 @@ class Mamba1Mixer(Recurrent):
 
     def _normed(self, dt_b_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         config = self.config
-        parts = dt_b_c.split([config.dt_rank, config.state_size, config.state_size], dim=-1)
+        parts = dt_b_c.split_with_sizes([config.dt_rank, config.state_size, config.state_size], dim=-1)
         if config.dt_b_c_norm == "none":
             return parts
         weights = (None, None, None)

@@ -48,7 +48,7 @@ class Mamba2Mixer(Recurrent):
         """
         packed = self._multiplied(self.in_proj(self.reduction.copy_to_ranks(hidden)))
         inner, *channels, heads = self._sizes
-        z, x_b_c, dt = packed.split([inner, sum(channels), heads], dim=-1)
+        z, x_b_c, dt = packed.split_with_sizes([inner, sum(channels), heads], dim=-1)
         if self.is_step(packed, state, cu_seqlens):
             y = self._step(x_b_c.squeeze(1), dt.squeeze(1), state).unsqueeze(1)
         else:
@@ -69,7 +69,7 @@ class Mamba2Mixer(Recurrent):
         return ssm_kernels.ssd_state_update(state.ssm, *inputs, state_indices=state.indices)
 
     def _heads(self, x_b_c):  # [..., channels] -> [..., H/T, P], [..., groups here, N], [..., groups here, N]
-        x, B, C = x_b_c.split(self._sizes[1:4], dim=-1)
+        x, B, C = x_b_c.split_with_sizes(self._sizes[1:4], dim=-1)
         states = self.config.state_size
         return (
             x.unflatten(-1, (-1, self.config.head_size)),

@@ -48,9 +48,35 @@ struct Taps {
   vfloat weight[kMaxWidth], bias;
 };
 
+// Four numbers of each of 16 channels, as they lie in memory, to lanes of channels.
+void from_fours(const float* values, vfloat* lanes) {
+  vfloat low[2], high[2];  // of numbers 0 and 1, of numbers 2 and 3; channels 0 to 7, then 8 to 15
+  for (int half = 0; half < 2; ++half) {
+    const vfloat a = load(values + half * 2 * kLanes), b = load(values + half * 2 * kLanes + kLanes);
+    low[half] = SHUFFLE(a, b, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    high[half] = SHUFFLE(a, b, 2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+  }
+  for (int pair = 0; pair < 2; ++pair) {
+    const vfloat a = pair ? high[0] : low[0], b = pair ? high[1] : low[1];
+    lanes[2 * pair] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    lanes[2 * pair + 1] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+}
+
 Taps load_taps(const ConvArguments& args, int64_t channel) {
   Taps taps = {};
   const int64_t channels = std::min<int64_t>(kLanes, args.channels - channel);
+  if (args.width == 4 && args.weight_stride == 4 && channels == kLanes) {
+    float weight[4 * kLanes], bias[kLanes];
+    const auto at = [](const char* data, bool is_bf16, int64_t index) { return data + index * (is_bf16 ? 2 : 4); };
+    load_row(at(args.weight, args.weight_is_bf16, channel * 4), args.weight_is_bf16, 4 * kLanes, weight);
+    from_fours(weight, taps.weight);
+    if (args.bias) {
+      load_row(at(args.bias, args.bias_is_bf16, channel), args.bias_is_bf16, kLanes, bias);
+      taps.bias = load(bias);
+    }
+    return taps;
+  }
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t k = 0; k < args.width; ++k)
       taps.weight[k][c] = element(args.weight, args.weight_is_bf16, (channel + c) * args.weight_stride + k);
