@@ -42,6 +42,7 @@ def against_transformers(dtype: torch.dtype, rounds: int, decode_steps: int, sha
         timed = {
             "their_prefill": theirs.prefill,
             "our_prefill": ours.prefill,
+            "our_first_steps": ours.first_steps,
             "their_decode": theirs.decode,
             "our_decode": ours.decode,
             "products": _products_alone(engine, prompt),
@@ -97,8 +98,19 @@ def memory_of_loading(ranks: int, dtype: torch.dtype, shape: dict) -> dict:
     }
 
 
+def long_prompts(dtype: torch.dtype, rounds: int, shape: dict, lengths: tuple[int, int] = (2048, 32768)) -> dict:
+    """Time a token, and memory that a prefill gains at most, of a prompt and of a much longer one; all cores."""
+    seconds, grown = on_ranks(_time_long_prompts, 1, dtype, rounds, shape, lengths)[0]
+    short, long = (str(length) for length in lengths)
+    return {
+        "us_per_token": {name: 1e6 * statistics.median(seconds[name]) / int(name) for name in (short, long)},
+        "time_per_token_of_long_over_short": ratio(seconds[long], seconds[short]) * lengths[0] / lengths[1],
+        "grown_mb": {name: grown[name] / 1e6 for name in (short, long)},
+    }
+
+
 class _Ours:
-    """The engine's prefill of a prompt, and decode steps behind the last one."""
+    """The engine's prefill of a prompt, and decode steps behind the first two after the last one."""
 
     def __init__(self, engine, ids: torch.Tensor, decode_steps: int):
         self._engine, self._ids, self._decode_steps = engine, ids, decode_steps
@@ -106,6 +118,11 @@ class _Ours:
     def prefill(self) -> None:
         self._context = self._engine.new_context(1)
         self._engine.prefill(self._ids, self._context)
+
+    def first_steps(self) -> None:
+        """One that runs as it is written, and one that is recorded: once a context."""
+        for _ in range(2):
+            self._engine.decode(self._ids[:, :1], self._context)
 
     def decode(self) -> None:
         for _ in range(self._decode_steps):
@@ -169,7 +186,7 @@ def _time_layouts(
         bind(own_cores([everywhere] * 2, rank)[0] if threads == 1 else everywhere)
         torch.set_num_threads(threads)
         ours = _Ours(engine, ids, decode_steps)
-        for name, action in (("prefill", ours.prefill), ("decode", ours.decode)):
+        for name, action in (("prefill", ours.prefill), ("first_steps", ours.first_steps), ("decode", ours.decode)):
             began = time.perf_counter()
             action()
             seconds.setdefault(f"{layout}_{name}", []).append(time.perf_counter() - began)
@@ -188,9 +205,26 @@ def _time_layouts(
     return seconds
 
 
+def _time_long_prompts(
+    dtype: torch.dtype, rounds: int, shape: dict, lengths: tuple[int, int]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    from deepspeed_inference.engine import init_inference
+
+    engine = init_inference(_random_model(shape), dtype=dtype)
+    prompts = {str(length): _prompt(shape, length) for length in lengths}
+    actions = {name: _Ours(engine, ids, 0).prefill for name, ids in prompts.items()}
+    grown = {name: _grown_by(action) for name, action in actions.items()}
+    return interleaved(actions, rounds), grown
+
+
 def _load_and_watch(folder: str, dtype: torch.dtype) -> int:
     from deepspeed_inference.engine import init_inference
 
+    return _grown_by(lambda: init_inference(folder, dtype=dtype))
+
+
+def _grown_by(action: Callable) -> int:
+    """Bytes of anonymous memory that this process has more at the peak of an action than before it."""
     before, peak, done = _anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -200,10 +234,12 @@ def _load_and_watch(folder: str, dtype: torch.dtype) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    init_inference(folder, dtype=dtype)
+    result = action()
     done.set()
     watcher.join()
-    return max(peak, _anonymous_bytes()) - before
+    grown = max(peak, _anonymous_bytes()) - before
+    del result  # not before it was counted
+    return grown
 
 
 def _anonymous_bytes() -> int:

@@ -6,8 +6,8 @@ blocks; Hugging Face's forward and generate stay available over the same modules
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,7 +132,7 @@ class SSMInferenceEngine(InferenceEngine):
         self.head = policy.head_module(model, family)
         self.stack = policy.backbone_module(model, family)
         self.stack.hide(Overlap(hide_reductions))
-        self._decode = RecordedDecode(self.stack, record_decode)
+        self._decode = RecordedDecode(self.stack, self._step, record_decode)
 
     @property
     def device(self) -> torch.device:
@@ -208,9 +208,10 @@ class SSMInferenceEngine(InferenceEngine):
             raise ValueError(f"decode: expected one token a row, [B] or [B, 1], found {list(token_ids.shape)}")
         self._check_batch(ids.shape[0], context)
         context.reserve(1)
-        output, residual = self._run(ids.to(self.device), context, None, step=True)
+        with self._freeing(context):
+            logits = self._decode.run(ids.to(self.device), context)
         context.advance(1)
-        return self._logits(output[:, 0], residual[:, 0], gather_logits)
+        return self._whole_logits(logits, gather_logits)
 
     @torch.inference_mode()
     def score(self, input_ids: torch.Tensor, targets: torch.Tensor, context: SSMInferenceContext) -> torch.Tensor:
@@ -299,14 +300,22 @@ class SSMInferenceEngine(InferenceEngine):
             output, residual = self._run(piece, context, None)
         return output[:, -1], residual[:, -1]
 
+    def _step(self, ids: torch.Tensor, context: SSMInferenceContext) -> torch.Tensor:
+        """[B, 1] ids -> [B, V/T], this rank's logits behind them."""
+        output, residual = self.stack.run(self.stack.embed(ids), context.layer)
+        return self.head.local_logits(self.stack.normed(output[:, 0], residual[:, 0]))
+
     def _run(
-        self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None, step: bool = False
+        self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._freeing(context):
+            return self.stack.run(self.stack.embed(ids), context.layer, cu_seqlens)
+
+    @contextmanager
+    def _freeing(self, context: SSMInferenceContext) -> Iterator[None]:
         try:
             with self._backend():
-                if step:
-                    return self._decode.run(self.stack.embed(ids), context)
-                return self.stack.run(self.stack.embed(ids), context.layer, cu_seqlens)
+                yield
         except BaseException:
             context.free()  # some layers have gone on and others have not: nobody shall continue from that
             raise
@@ -314,7 +323,9 @@ class SSMInferenceEngine(InferenceEngine):
     def _logits(self, output: torch.Tensor, residual: torch.Tensor, gather: bool) -> torch.Tensor:
         with self._backend():
             normed = self.stack.normed(output, residual)
-        logits = self.head.local_logits(normed)
+        return self._whole_logits(self.head.local_logits(normed), gather)
+
+    def _whole_logits(self, logits: torch.Tensor, gather: bool) -> torch.Tensor:
         if gather:
             logits = self.head.gather(logits)
         logits = logits.to(torch.promote_types(self.dtype, torch.float32))

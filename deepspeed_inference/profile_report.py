@@ -101,7 +101,7 @@ def _table(step: StepProfile, profile: Profile) -> list[str]:
                 _percent(record["share_of_product"]),
             )
         )
-    unwatched = "Python, embedding, choice of token" if step is profile.played else "Python and torch between them"
+    unwatched = "Python and choice of token" if step is profile.played else "Python and torch between them"
     for label, seconds in ((unwatched, step.rest), ("the step", step.seconds)):
         cells.append((label, "", _ms(seconds), _percent(seconds / step.seconds), *[""] * 5))
     widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADS))]

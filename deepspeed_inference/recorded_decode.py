@@ -7,6 +7,8 @@ backend or a parameter have changed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,31 +21,32 @@ from ssm_kernels.tape import Tape
 
 
 class RecordedDecode:
-    """Runs decode steps of a stack.
+    """Runs decode steps.
 
     Attributes:
         refusal: why steps run as they are written; None where they are played.
 
     Args:
-        stack: the layers.
+        stack: the layers that they run.
+        step: ([B, 1] ids, context) -> what comes of one more token of every sequence.
         record: False runs every step as it is written.
     """
 
-    def __init__(self, stack: Stack, record: bool = True):
-        self._stack = stack
-        # A tape reads parameters where they lie, whatever they hold; only of these the layers keep what they made of them.
+    def __init__(self, stack: Stack, step: Callable[[Tensor, SSMInferenceContext], Tensor], record: bool = True):
+        self._stack, self._step = stack, step
+        # A tape reads parameters where they lie, whatever they hold. Of these the layers keep what they made of them.
         self._kept_as = [module.A_log for module in stack.modules() if isinstance(module, Recurrent)]
         self._is_cpu = all(parameter.is_cpu for parameter in stack.parameters())
         self.refusal = None if record else "record_decode is off"
 
-    def run(self, embeddings: Tensor, context: SSMInferenceContext) -> tuple[Tensor, Tensor]:
-        """What Stack.run returns for one more token of every sequence, [B, 1, D]."""
+    def run(self, ids: Tensor, context: SSMInferenceContext) -> Tensor:
+        """What `step` returns, in memory of its own."""
         if self.refusal is None and self._can_record(context):
             recording = context.recorded
             if recording is not None and recording.made_under == self._circumstances():
-                return recording.play(embeddings) if recording.tape else self._record(recording, embeddings, context)
+                return recording.play(ids) if recording.tape else self._record(recording, ids, context)
             context.recorded = _Recording(self._circumstances())
-        return self._stack.run(embeddings, context.layer)
+        return self._step(ids, context)
 
     def _can_record(self, context: SSMInferenceContext) -> bool:
         # Keys and values grow, and attention looks at positions; large batches spend their time in the kernels.
@@ -53,10 +56,10 @@ class RecordedDecode:
         versions = [parameter._version for parameter in self._kept_as]
         return versions, torch.get_num_threads(), dispatch.is_forced("reference"), self._stack.reduction
 
-    def _record(self, recording: _Recording, embeddings: Tensor, context: SSMInferenceContext) -> tuple[Tensor, Tensor]:
-        results = recording.record(embeddings, lambda own: self._stack.run(own, context.layer))
+    def _record(self, recording: _Recording, ids: Tensor, context: SSMInferenceContext) -> Tensor:
+        result = recording.record(ids, lambda own: self._step(own, context))
         self.refusal = recording.tape.refusal
-        return results
+        return result
 
 
 class _Recording:
@@ -64,14 +67,14 @@ class _Recording:
         self.made_under = made_under
         self.tape: Tape | None = None
 
-    def record(self, embeddings: Tensor, run) -> tuple[Tensor, Tensor]:
+    def record(self, ids: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
         self.tape = Tape()
-        self._embeddings = embeddings.clone()
+        self._ids = ids.clone()
         with self.tape.recording():
-            self._results = run(self._embeddings)
-        return self._results
+            self._result = step(self._ids)
+        return self._result.clone()
 
-    def play(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        self._embeddings.copy_(embeddings)
+    def play(self, ids: Tensor) -> Tensor:
+        self._ids.copy_(ids)
         self.tape.play()
-        return self._results
+        return self._result.clone()

@@ -79,10 +79,7 @@ class Int8Weight(nn.Module):
 
     def dequantized(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The matrix that it stands for, rounded to a dtype: [out, in]."""
-        tensors = (self.codes, self.scales)
-        if dtype is torch.bfloat16 and dispatch.choose("int8_weight", tensors, dtypes=_DTYPES):
-            return cpu.dequantize(*(tensor.contiguous() for tensor in tensors))
-        return _dequantized(*tensors, dtype)
+        return _dequantized(self.codes, self.scales, dtype)
 
     def look_up(self, rows: Tensor) -> Tensor:
         """Some of its rows, by number: [...] integers -> [..., in] bf16."""
@@ -95,6 +92,8 @@ def _groups(width: int) -> int:
 
 
 def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype is torch.bfloat16 and dispatch.choose("int8_weight", (codes, scales), dtypes=_DTYPES):
+        return cpu.dequantize(codes.contiguous(), scales.contiguous())
     exact = torch.promote_types(dtype, torch.float32)
     steps = scales.to(exact).repeat_interleave(GROUP, dim=1)[:, : codes.shape[1]]
     return ((codes.to(exact) - _ZERO) * steps).to(dtype)

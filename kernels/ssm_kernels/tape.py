@@ -246,6 +246,6 @@ class _Watch(TorchDispatchMode):
             pass
         elif isinstance(result, Tensor):
             tape._other(str(op), lambda: result.copy_(op(*arguments, **keywords)))
-        else:
+        elif any(isinstance(part, Tensor) for part in (*arguments, *keywords.values())):
             refuse(f"{op} gives Python what a tape cannot give it again")
         return result

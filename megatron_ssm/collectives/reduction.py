@@ -215,7 +215,7 @@ class Reduction(ABC):
             raise ValueError(f"all_gather: dim {dim} is out of range for a tensor of {tensor.dim()} dimensions")
         if torch.is_grad_enabled() and tensor.requires_grad:
             return _GatherFromRanks.apply(tensor, self, dim)
-        return self._all_gather(tensor, dim)
+        return opaque(self._all_gather, tensor, dim)
 
     def copy_to_ranks(self, hidden: Tensor) -> Tensor:
         """`hidden` itself; backward sums its gradient over the ranks. The input of a column-cut layer in training."""

@@ -54,6 +54,7 @@ def test_native_calls_in_a_row_are_one_step():
         ),
         lambda x: torch.cat([ssm_kernels.linear(x, W), x], dim=-1).add_(1),
         lambda x: torch.zeros_like(x).copy_(x).mul_(3),
+        lambda x: x.to(torch.promote_types(x.dtype, torch.float32)).mul(2),
         lambda x: x.new_empty(x.shape).copy_(x).index_add(0, torch.tensor([1, 0]), x),
     ],
 )

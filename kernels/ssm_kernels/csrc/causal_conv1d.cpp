@@ -85,12 +85,49 @@ Taps load_taps(const ConvArguments& args, int64_t channel) {
   return taps;
 }
 
+// Three numbers of each of 16 channels, as they lie in memory, to lanes of channels, and back.
+void from_threes(const float* values, vfloat* lanes) {
+  const vfloat a = load(values), b = load(values + kLanes), c = load(values + 2 * kLanes);
+  const vfloat first = SHUFFLE(a, b, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0);
+  const vfloat second = SHUFFLE(a, b, 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0);
+  const vfloat third = SHUFFLE(a, b, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0);
+  lanes[0] = SHUFFLE(first, c, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29);
+  lanes[1] = SHUFFLE(second, c, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30);
+  lanes[2] = SHUFFLE(third, c, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31);
+}
+
+void to_threes(const vfloat* lanes, float* values) {
+  const vfloat a = SHUFFLE(lanes[0], lanes[1], 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
+  const vfloat b = SHUFFLE(lanes[0], lanes[1], 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
+  const vfloat c = SHUFFLE(lanes[0], lanes[1], 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
+  store(values, SHUFFLE(a, lanes[2], 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15));
+  store(values + kLanes, SHUFFLE(b, lanes[2], 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15));
+  store(values + 2 * kLanes, SHUFFLE(c, lanes[2], 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31));
+}
+
+// How many of a group's channels have a state that `from_threes` takes, in whole vectors.
+int channels_of_threes(const ConvState& state, int past, int channels) {
+  return past == 3 && state.channel_stride == 3 ? channels / kLanes * kLanes : 0;
+}
+
+char* state_at(const ConvState& state, bool is_bf16, int64_t slot, int64_t channel) {
+  return state.data + (slot * state.slot_stride + channel * state.channel_stride) * (is_bf16 ? 2 : 4);
+}
+
 // State [C, K - 1] of one group to window rows.
 void load_state(const ConvState& state, bool is_bf16, int64_t slot, int64_t channel, int channels, int past,
                 float* window) {
   std::fill_n(window, past * kGroup, 0.0f);
   if (!state.data) return;
-  for (int c = 0; c < channels; ++c)
+  const int in_threes = channels_of_threes(state, past, channels);
+  for (int c = 0; c < in_threes; c += kLanes) {
+    float values[3 * kLanes];
+    vfloat lanes[3];
+    load_row(state_at(state, is_bf16, slot, channel + c), is_bf16, 3 * kLanes, values);
+    from_threes(values, lanes);
+    for (int k = 0; k < 3; ++k) store(window + k * kGroup + c, lanes[k]);
+  }
+  for (int c = in_threes; c < channels; ++c)
     for (int k = 0; k < past; ++k)
       window[k * kGroup + c] =
           element(state.data, is_bf16, slot * state.slot_stride + (channel + c) * state.channel_stride + k);
@@ -99,11 +136,18 @@ void load_state(const ConvState& state, bool is_bf16, int64_t slot, int64_t chan
 void store_state(const float* window, const ConvState& state, bool is_bf16, int64_t slot, int64_t channel,
                  int channels, int past) {
   if (!state.data) return;
-  for (int k = 0; k < past; ++k) {
+  const int in_threes = channels_of_threes(state, past, channels);
+  for (int c = 0; c < in_threes; c += kLanes) {
+    float values[3 * kLanes];
+    const vfloat lanes[3] = {load(window + c), load(window + kGroup + c), load(window + 2 * kGroup + c)};
+    to_threes(lanes, values);
+    store_row(state_at(state, is_bf16, slot, channel + c), is_bf16, 3 * kLanes, values);
+  }
+  for (int k = 0; k < past && in_threes < channels; ++k) {
     const float* row = window + k * kGroup;
     uint16_t narrow[kGroup];
     if (is_bf16) store_row(narrow, channels, row);
-    for (int c = 0; c < channels; ++c) {
+    for (int c = in_threes; c < channels; ++c) {
       const int64_t at = slot * state.slot_stride + (channel + c) * state.channel_stride + k;
       if (is_bf16)
         reinterpret_cast<uint16_t*>(state.data)[at] = narrow[c];

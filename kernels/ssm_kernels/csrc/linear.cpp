@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kParallelBytes = 1 << 17;  // of W; below, waking the other threads costs more
+constexpr int64_t kParallelBytes = 3 << 16;  // of W; below, waking the other threads costs more
 constexpr int kFeatures = 16, kStreams = 4, kTurns = kFeatures / kStreams, kChunk = 4;
 constexpr int64_t kStepBytes = 64;   // of a row of W as it is stored
 constexpr int64_t kScaleGroup = 32;  // inputs that share a scale; GROUP in int8_weight.py
