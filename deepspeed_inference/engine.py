@@ -132,7 +132,7 @@ class SSMInferenceEngine(InferenceEngine):
         self.head = policy.head_module(model, family)
         self.stack = policy.backbone_module(model, family)
         self.stack.hide(Overlap(hide_reductions))
-        self._decode = RecordedDecode(self.stack, self._step, record_decode)
+        self._decode = RecordedDecode(self.stack, self.head, self._step, record_decode)
 
     @property
     def device(self) -> torch.device:

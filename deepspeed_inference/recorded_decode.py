@@ -2,7 +2,8 @@
 
 What a step computes depends on the batch and on where the parameters and the state lie, never on the tokens. So the
 recording belongs to the context, which drops it when it moves its memory, and is made anew where the threads, the
-backend or a parameter have changed.
+backend, the reduction or the memory of a parameter are others. (That a module is given another parameter object is not
+noticed.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspeed_inference.context import SSMInferenceContext
 from megatron_ssm.mixers.recurrence import Recurrent
@@ -28,15 +29,22 @@ class RecordedDecode:
 
     Args:
         stack: the layers that they run.
+        head: what comes after them.
         step: ([B, 1] ids, context) -> what comes of one more token of every sequence.
         record: False runs every step as it is written.
     """
 
-    def __init__(self, stack: Stack, step: Callable[[Tensor, SSMInferenceContext], Tensor], record: bool = True):
+    def __init__(
+        self,
+        stack: Stack,
+        head: nn.Module,
+        step: Callable[[Tensor, SSMInferenceContext], Tensor],
+        record: bool = True,
+    ):
         self._stack, self._step = stack, step
-        # A tape reads parameters where they lie, whatever they hold. Of these the layers keep what they made of them.
+        self._read = [tensor for part in (stack, head) for tensor in (*part.parameters(), *part.buffers())]
+        # What the layers make of these they keep; the others they read as they are.
         self._kept_as = [module.A_log for module in stack.modules() if isinstance(module, Recurrent)]
-        self._is_cpu = all(parameter.is_cpu for parameter in stack.parameters())
         self.refusal = None if record else "record_decode is off"
 
     def run(self, ids: Tensor, context: SSMInferenceContext) -> Tensor:
@@ -50,11 +58,13 @@ class RecordedDecode:
 
     def _can_record(self, context: SSMInferenceContext) -> bool:
         # Keys and values grow, and attention looks at positions; large batches spend their time in the kernels.
-        return not context.grows and context.batch_size <= MOST_ROWS and self._is_cpu
+        return not context.grows and context.batch_size <= MOST_ROWS and self._read[0].is_cpu
 
     def _circumstances(self) -> tuple:
+        """What a recording is good for as long as it is the same."""
+        places = tuple(map(Tensor.data_ptr, self._read))
         versions = [parameter._version for parameter in self._kept_as]
-        return versions, torch.get_num_threads(), dispatch.is_forced("reference"), self._stack.reduction
+        return places, versions, torch.get_num_threads(), dispatch.is_forced("reference"), self._stack.reduction
 
     def _record(self, recording: _Recording, ids: Tensor, context: SSMInferenceContext) -> Tensor:
         result = recording.record(ids, lambda own: self._step(own, context))

@@ -49,12 +49,15 @@ def test_anew_after_whatever_moves_or_changes():
         if step == 3:
             context.reorder(torch.tensor([1, 0]))
         if step == 5:
-            engine.stack.layers[0].mixer.A_log.data.add_(0.1)
             engine.stack.layers[0].mixer.A_log.add_(0.1)
+        if step == 7:
+            weight = engine.stack.layers[1].mixer.in_proj.weight
+            weight.data = weight * 1.5
+            engine.head.weight.mul_(2)
 
     with torch.inference_mode(False), torch.no_grad():
         results = [
-            _steps(init_inference(tiny_checkpoint(), record_decode=record), 2, 9, change) for record in (True, False)
+            _steps(init_inference(tiny_checkpoint(), record_decode=record), 2, 11, change) for record in (True, False)
         ]
     assert torch.equal(*results)
 
