@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,12 @@ _MAKES_ROOM = {
 }
 _pack_call = struct.Struct("=2q").pack  # struct Call
 
-_recorded_on: Tape | None = None
+
+class _ThisThread(threading.local):
+    tape: Tape | None = None  # that records
+
+
+_this_thread = _ThisThread()
 
 
 class ForeignCall(NamedTuple):
@@ -87,10 +93,9 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what is computed within, by this thread. It is computed as always, whether it can be played or not."""
-        global _recorded_on
-        assert _recorded_on is None, "one tape records at a time"
+        assert _this_thread.tape is None, "one tape records at a time"
         self.refusal = None
-        _recorded_on = self
+        _this_thread.tape = self
         try:
             with _Watch(self), library.calls_seen_by(self._own_call):
                 yield
@@ -98,7 +103,7 @@ class Tape:
             self.refusal = "what was recorded raised"
             raise
         finally:
-            _recorded_on = None
+            _this_thread.tape = None
             self._end_run()
             if self.refusal is not None:
                 self._steps, self._kept, self._log = [], [], []
@@ -167,7 +172,7 @@ def _player(run: list[_OwnCall | ForeignCall]) -> Callable[[], None]:
 
 def recorder() -> Tape | None:
     """The tape that records now."""
-    return _recorded_on
+    return _this_thread.tape
 
 
 def opaque(function: Callable, *arguments):
@@ -178,7 +183,7 @@ def opaque(function: Callable, *arguments):
     Args:
         function: returns a tensor or a tuple of them.
     """
-    tape = _recorded_on
+    tape = _this_thread.tape
     if tape is None:
         return function(*arguments)
     with _nothing_recorded():
@@ -190,24 +195,23 @@ def opaque(function: Callable, *arguments):
 
 def recorded_so_far() -> int:
     """How many calls the tape that records now has; 0 where none records. They are numbered as in Tape.timed()."""
-    return 0 if _recorded_on is None else len(_recorded_on._log)
+    return 0 if _this_thread.tape is None else len(_this_thread.tape._log)
 
 
 @contextmanager
 def _nothing_recorded() -> Iterator[None]:
-    global _recorded_on
-    tape, _recorded_on = _recorded_on, None
+    tape, _this_thread.tape = _this_thread.tape, None
     try:
         with _disable_current_modes(), library.calls_seen_by(None):
             yield
     finally:
-        _recorded_on = tape
+        _this_thread.tape = tape
 
 
 def refuse(reason: str) -> None:
     """Whatever is recorded now cannot be played, for this reason."""
-    if _recorded_on is not None:
-        _recorded_on.refusal = _recorded_on.refusal or reason
+    if _this_thread.tape is not None:
+        _this_thread.tape.refusal = _this_thread.tape.refusal or reason
 
 
 def _copy(results, to) -> None:

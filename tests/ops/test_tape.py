@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -118,6 +120,19 @@ def test_what_is_opaque_is_called_again():
     tape.play()
     assert calls == [0, 1] and total.tolist() == [12, 12, 12] and same.tolist() == [10, 10, 10]
     assert opaque(lambda x: x, 5) == 5
+
+
+def test_other_threads_are_not_recorded():
+    x, other = torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(1, 64, dtype=torch.bfloat16)
+
+    def step(x):
+        beside = threading.Thread(target=lambda: [ssm_kernels.linear(other, W), refuse("not here")])
+        beside.start()
+        beside.join()
+        return ssm_kernels.linear(x, W)
+
+    tape, _ = _recorded(step, x)
+    assert tape.refusal is None and [name for name, _ in tape.timed()] == ["linear_forward"]
 
 
 def test_a_call_that_fails_when_played():

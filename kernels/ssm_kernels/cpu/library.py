@@ -8,6 +8,7 @@ every token.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -39,6 +40,7 @@ HEADERS = (
     "vector.h",
     "rows.h",
     "matrix.h",
+    "linear_formats.h",
     "selective_scan.h",
     "exp2_product.h",
     "ssd_scan.h",
@@ -91,12 +93,16 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-_watcher: Callable[[str, bytes], None] | None = None
+class _ThisThread(threading.local):
+    watcher: Callable[[str, bytes], None] | None = None
+
+
+_this_thread = _ThisThread()
 
 
 def entry_point(name: str) -> Callable[[bytes], int]:
     """A function of the library. Its argument is the packed block."""
-    return _entry(name) if _watcher is None else partial(_watched, name)
+    return _entry(name) if _this_thread.watcher is None else partial(_watched, name)
 
 
 @cache
@@ -105,20 +111,18 @@ def _entry(name: str) -> Callable[[bytes], int]:
 
 
 def _watched(name: str, block: bytes) -> int:
-    if _watcher is not None:
-        _watcher(name, block)
+    _this_thread.watcher(name, block)
     return _entry(name)(block)
 
 
 @contextmanager
 def calls_seen_by(watcher: Callable[[str, bytes], None] | None) -> Iterator[None]:
-    """Tell `watcher` of every call of an entry point within: its name and its block."""
-    global _watcher
-    before, _watcher = _watcher, watcher
+    """Tell `watcher` of every call of an entry point that this thread makes within: its name and its block."""
+    before, _this_thread.watcher = _this_thread.watcher, watcher
     try:
         yield
     finally:
-        _watcher = before
+        _this_thread.watcher = before
 
 
 @cache

@@ -1,10 +1,9 @@
 // Rows of an int8 weight as the bf16 numbers that they stand for: (code - 128) scale, rounded once. One pass over memory.
 
-#include "rows.h"
+#include "linear_formats.h"
 
 namespace {
 
-constexpr int64_t kScaleGroup = 32;          // inputs that share a scale; GROUP in int8_weight.py
 constexpr int64_t kParallelWork = 1 << 17;  // weights; less is not worth waking other threads
 
 // Packed by cpu/int8_weight.py: every field has 8 bytes. Order matters.
