@@ -6,7 +6,7 @@
 //
 // Adding 1.5 * 2^19 leaves n in the last bits of the sum. The power of two is added to the exponent bits: n << 19 has it
 // in the right place, with n mod 16 below it, which the table's entries have taken off beforehand. c1 is log(2), so that
-// decays close to 1 carry no bias over long sequences. Relative error below 1.5e-7.
+// decays close to 1 carry no bias over long sequences. Relative error below 1.2e-7.
 //
 // Several at once, one stage after the other: a processor that met each chain of ten steps as a whole would wait for it.
 #pragma once
@@ -16,15 +16,17 @@
 #if defined(__AVX512F__)
 class Exp2Product {
  public:
-  // e[i] = 2^(x y[i]). Below 2^-126 it is what is left of that number, above 2^127 infinity; NaN stays.
+  // e[i] = 2^(x y[i]); 2^-126 where that is less, infinity where fp32 ends, and NaN stays.
   template <int kCount>
   void operator()(vfloat x, const vfloat* y, vfloat* e) const {
     __m512 r[kCount];
     __m512i n[kCount];
     const __m512 a = (__m512)x;
-    for (int i = 0; i < kCount; ++i) r[i] = _mm512_mul_ps(a, (__m512)y[i]);
-    for (int i = 0; i < kCount; ++i) n[i] = _mm512_castps_si512(_mm512_add_ps(r[i], shift_));
-    for (int i = 0; i < kCount; ++i) n[i] = _mm512_min_epi32(_mm512_max_epi32(n[i], lowest_), highest_);
+    // In this order of the operands a NaN passes through.
+    for (int i = 0; i < kCount; ++i) r[i] = _mm512_max_ps(lowest_, _mm512_mul_ps(a, (__m512)y[i]));
+    // As integers the sums have the same order. Above the highest, what is left to the polynomial is large enough.
+    for (int i = 0; i < kCount; ++i)
+      n[i] = _mm512_min_epi32(_mm512_castps_si512(_mm512_add_ps(r[i], shift_)), highest_);
     for (int i = 0; i < kCount; ++i) r[i] = _mm512_sub_ps(r[i], _mm512_sub_ps(_mm512_castsi512_ps(n[i]), shift_));
     __m512 power[kCount], p[kCount];
     for (int i = 0; i < kCount; ++i)
@@ -40,9 +42,8 @@ class Exp2Product {
   static constexpr float kShift = 0x1.8p+19f;
   const __m512 shift_ = _mm512_set1_ps(kShift), c1_ = _mm512_set1_ps(kLn2), c2_ = _mm512_set1_ps(0x1.ebfff2p-3f),
                c3_ = _mm512_set1_ps(0x1.c6b0eap-5f);
-  // As integers their order is that of the sums.
-  const __m512i lowest_ = _mm512_castps_si512(_mm512_set1_ps(kShift - 126)),
-                highest_ = _mm512_castps_si512(_mm512_set1_ps(kShift + 127));
+  const __m512 lowest_ = _mm512_set1_ps(-126.0f);
+  const __m512i highest_ = _mm512_castps_si512(_mm512_set1_ps(kShift + 128.0f - 1.0f / 16));
   // The bits of 2^(k / 16), less k << 19.
   const __m512i table_ = _mm512_setr_epi32(
       0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3,
