@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_kernels import dispatch, reference
+from ssm_kernels import dispatch, int8_weight, reference
 from ssm_kernels.cpu import linear as cpu
 from ssm_kernels.cpu.library import KERNEL_DTYPES
 from ssm_kernels.int8_weight import Int8Weight
@@ -20,7 +20,6 @@ from ssm_kernels.validation import wants_grad
 # one of 8. Each row ends with sums over lanes, which the reading of a narrow weight does not hide.
 MOST_ROWS = 32
 INPUTS_A_ROW = 8
-_INT8_DTYPES = frozenset({torch.bfloat16, torch.uint8})
 # oneDNN's product, which torch uses for bf16 anyway, reaches 89 % of the peak in fp32 where MKL's reaches 74 %.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -61,7 +60,7 @@ def _int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     if x.dtype is torch.bfloat16 and not wants_grad(x, bias) and _has_few_rows(x) and x.stride(-1) == 1:
         codes, scales = weight.codes, weight.scales
         contiguous = codes.is_contiguous() and scales.is_contiguous()
-        if contiguous and dispatch.choose("int8_linear", (x, codes, scales, bias), dtypes=_INT8_DTYPES):
+        if contiguous and dispatch.choose("int8_linear", (x, codes, scales, bias), dtypes=int8_weight.KERNEL_DTYPES):
             return cpu.forward(x, codes, bias, scales)
     return F.linear(x, weight.dequantized(x.dtype), bias)
 

@@ -8,6 +8,7 @@ from ranks import RankContext
 from tiny import tiny_checkpoint
 
 from deepspeed_inference.engine import init_inference
+from megatron_ssm.collectives import ReductionError
 from ssm_kernels.linear import MOST_ROWS
 
 PLAYED = ["mamba", "falcon_mamba", "mamba2"]
@@ -116,3 +117,24 @@ def test_a_step_that_fails_frees_the_context():
         engine.decode(torch.tensor([1, 2]), context)
     with pytest.raises(ValueError, match="was freed"):
         engine.decode(torch.tensor([1, 2]), context)
+
+
+def _lose_a_rank(context: RankContext, checkpoint) -> None:
+    place = {"tensor_parallel": {"tp_size": context.size, "tp_group": context.group}}
+    engine = init_inference(checkpoint, **place)
+    state = engine.new_context(2)
+    engine.prefill(IDS, state)
+    for _ in range(4):
+        engine.decode(torch.tensor([1, 2]), state)
+    assert _played(state)
+    if context.rank == 1:
+        engine.close()
+        return
+    with pytest.raises(ReductionError, match=r"rank 1 .* gave up or closed its reduction"):
+        engine.decode(torch.tensor([1, 2]), state)
+    with pytest.raises(ValueError, match="was freed"):
+        engine.decode(torch.tensor([1, 2]), state)
+
+
+def test_a_rank_that_leaves_is_named_by_a_played_step(ranks):
+    ranks(_lose_a_rank, 2, tiny_checkpoint())
