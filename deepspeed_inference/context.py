@@ -8,7 +8,9 @@ transformers `Cache`, so that a Hugging Face model takes it as its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -27,15 +29,19 @@ class _Store:
     Args:
         data: [layers that have it, B, …]; where it grows, tokens are the fourth dimension.
         layers: which.
-        grows: whether it has an entry for every token.
+        layout: of one sequence's, in one layer.
     """
 
     data: torch.Tensor
     layers: list[int]
-    grows: bool
+    layout: tables.StateLayout
+
+    @property
+    def grows(self) -> bool:
+        return self.layout.grows
 
     def with_data(self, data: torch.Tensor) -> _Store:
-        return _Store(data, self.layers, self.grows)
+        return _Store(data, self.layers, self.layout)
 
 
 class SSMInferenceContext(Cache):
@@ -45,11 +51,14 @@ class SSMInferenceContext(Cache):
         plan: of the model whose state it is.
         batch_size: B, the number of sequences.
         ranks: over how many ranks the state is cut.
-        dtype: of the activations, which most states have too; the SSM state is fp32, or fp64 where `dtype` is.
+        dtype: of the activations, which most states have too.
         device: where it lies.
+        state_dtype: of the SSM state; None for fp32, or fp64 where `dtype` is.
 
     Attributes:
-        recorded: a decode step recorded on this memory, by whoever decodes; None again once the memory moves.
+        recordings: decode steps recorded on this memory, by whoever decodes; none any more once the memory moves. That
+            of all rows is `recorded`; those of selections have their sizes as keys.
+        device: where it lies.
     """
 
     @torch.inference_mode(False)  # state is ordinary memory, whoever makes or moves it
@@ -61,6 +70,7 @@ class SSMInferenceContext(Cache):
         ranks: int,
         dtype: torch.dtype,
         device: torch.device,
+        state_dtype: torch.dtype | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected a positive integer, found {batch_size!r}")
@@ -70,12 +80,12 @@ class SSMInferenceContext(Cache):
                 for name, layout in tables.state(part).items():
                     layouts.setdefault((name, layout), []).append(index)
         stores = {name: [] for name, _ in layouts}
+        exact = state_dtype or torch.promote_types(dtype, torch.float32)
         for (name, state), layers in layouts.items():
-            kept = torch.promote_types(dtype, torch.float32) if state.layout.keep_fp32 else dtype
-            first, *rest = state.layout.local_shape(ranks)
-            shape = (first, 0, *rest) if state.grows else (first, *rest)
-            data = torch.zeros((len(layers), batch_size, *shape), dtype=kept, device=device)
-            stores[name].append(_Store(data, layers, state.grows))
+            kept = exact if state.layout.keep_fp32 else dtype
+            data = torch.zeros((len(layers), batch_size, *state.local_shape(ranks, 0)), dtype=kept, device=device)
+            stores[name].append(_Store(data, layers, state))
+        self.device = torch.device(device)
         self._layer_count = len(plan.layers)
         self._adopt(stores, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
 
@@ -86,7 +96,7 @@ class SSMInferenceContext(Cache):
 
     def _hand_out(self) -> None:
         """Make the layers' states, and what transformers sees of them, views of the stores."""
-        self.recorded = None
+        self.recordings: dict[Any, Any] = {}
         self._states = [LayerState(positions=self.positions) for _ in range(self._layer_count)]
         for name, stores in self._stores.items():
             for store in stores:
@@ -100,9 +110,30 @@ class SSMInferenceContext(Cache):
         return self.positions.numel()
 
     @property
+    def recorded(self) -> Any:
+        """A decode step of all rows, recorded; None where there is none, or the memory has moved since."""
+        return self.recordings.get(None)
+
+    @recorded.setter
+    def recorded(self, recording: Any) -> None:
+        self.recordings[None] = recording
+
+    def as_recorded(self) -> SSMInferenceContext:
+        """What a recording is to read: the context itself."""
+        return self
+
+    def point_to(self, other: SSMInferenceContext) -> None:
+        """Make a recording of this one run on another: there is none but itself."""
+        assert other is self
+
+    @property
     def grows(self) -> bool:
         """Whether some of the state has an entry for every token."""
-        return any(store.grows for stores in self._stores.values() for store in stores)
+        return any(store.grows for store in self._all_stores())
+
+    def _all_stores(self) -> Iterator[_Store]:
+        for stores in self._stores.values():
+            yield from stores
 
     def layer(self, index: int) -> LayerState:
         """The state that layer `index` reads and overwrites.
@@ -117,10 +148,14 @@ class SSMInferenceContext(Cache):
     def reserve(self, tokens: int | torch.Tensor) -> None:
         """Make room for so many more tokens of every sequence, one number or one a row. Before the layers run."""
         self.check_alive()
-        growing = [store for stores in self._stores.values() for store in stores if store.grows]
+        self.make_room(int((self.positions + tokens).max()))
+
+    @torch.inference_mode(False)
+    def make_room(self, needed: int) -> None:
+        """Let every sequence be as long as `needed` tokens."""
+        growing = [store for store in self._all_stores() if store.grows]
         if not growing:
             return
-        needed = int((self.positions + tokens).max())
         if growing[0].data.shape[3] >= needed:
             return
         capacity = max(_FIRST_CAPACITY, needed, 2 * growing[0].data.shape[3])
@@ -133,14 +168,43 @@ class SSMInferenceContext(Cache):
     @torch.inference_mode(False)
     def advance(self, tokens: int | torch.Tensor) -> None:
         """Note that every sequence went on by `tokens`, one number or one a row."""
-        self.positions = self.positions + tokens
+        self.move_to(self.positions + tokens)
+
+    def move_to(self, positions: torch.Tensor) -> None:
+        """Note how many tokens every sequence has seen, [B] int64."""
+        self.positions = positions
         for state in self._states:
             state.positions = self.positions
+
+    @torch.inference_mode(False)
+    def place(self, row: int, position: int) -> None:
+        """Note that one sequence has seen so many tokens, whose state was written here."""
+        positions = self.positions.clone()
+        positions[row] = position
+        self.move_to(positions)
 
     def nbytes(self) -> int:
         """Bytes that the state takes on this rank."""
         self.check_alive()
-        return sum(store.data.nbytes for stores in self._stores.values() for store in stores)
+        return sum(store.data.nbytes for store in self._all_stores())
+
+    def fixed(self, row: int) -> list[torch.Tensor]:
+        """The state of one sequence that has one size however long it is: views [layers, …], the same on any context."""
+        self.check_alive()
+        return [store.data[:, row] for store in self._all_stores() if not store.grows]
+
+    def growing(self, row: int, start: int, stop: int) -> list[torch.Tensor]:
+        """What a sequence keeps of its tokens start..stop: views [layers, heads, stop - start, P]; there must be room."""
+        self.check_alive()
+        return [store.data[:, row, :, start:stop] for store in self._all_stores() if store.grows]
+
+    def by_layer(self) -> Iterator[tuple[str, tables.StateLayout, torch.Tensor]]:
+        """Every state: ("layers.3.ssm", its layout, a view [B, …] of this rank's; where it grows [B, heads, capacity, P])."""
+        self.check_alive()
+        for name, stores in self._stores.items():
+            for store in stores:
+                for place, index in enumerate(store.layers):
+                    yield f"layers.{index}.{name}", store.layout, store.data[place]
 
     @torch.inference_mode(False)
     def reorder(self, index: torch.Tensor) -> None:
@@ -165,7 +229,7 @@ class SSMInferenceContext(Cache):
         """A copy that goes its own way from here."""
         self.check_alive()
         copy = object.__new__(type(self))
-        copy._layer_count = self._layer_count
+        copy._layer_count, copy.device = self._layer_count, self.device
         copy._adopt(self._each(torch.clone), self.positions.clone())
         return copy
 
@@ -176,7 +240,8 @@ class SSMInferenceContext(Cache):
 
     def free(self) -> None:
         """Give the memory back; any later use raises ValueError."""
-        self._stores = self.recorded = None
+        self._stores = None
+        self.recordings = {}
         self._states = []
         self.layers = []
 
@@ -194,11 +259,9 @@ class SSMInferenceContext(Cache):
         rows = torch.as_tensor([True] * self.batch_size if rows is None else rows, device="cpu")
         if rows.dtype is not torch.bool or rows.shape != (self.batch_size,):
             raise ValueError(f"reset: expected {self.batch_size} booleans, found {rows.tolist()}")
-        for stores in self._stores.values():
-            for store in stores:
-                store.data[:, rows.to(store.data.device)] = 0
-        self.positions = self.positions.masked_fill(rows, 0)
-        self.advance(0)
+        for store in self._all_stores():
+            store.data[:, rows.to(store.data.device)] = 0
+        self.move_to(self.positions.masked_fill(rows, 0))
 
     # What transformers asks of a Cache.
 

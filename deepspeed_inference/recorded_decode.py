@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deepspeed_inference.context import SSMInferenceContext
+from deepspeed_inference.selection import Sequences
 from megatron_ssm.mixers.recurrence import Recurrent
 from megatron_ssm.stack import Stack
 from ssm_kernels import dispatch
@@ -38,7 +38,7 @@ class RecordedDecode:
         self,
         stack: Stack,
         head: nn.Module,
-        step: Callable[[Tensor, SSMInferenceContext], Tensor],
+        step: Callable[[Tensor, Sequences], Tensor],
         record: bool = True,
     ):
         self._stack, self._step = stack, step
@@ -47,16 +47,16 @@ class RecordedDecode:
         self._kept_as = [module.A_log for module in stack.modules() if isinstance(module, Recurrent)]
         self.refusal = None if record else "record_decode is off"
 
-    def run(self, ids: Tensor, context: SSMInferenceContext) -> Tensor:
+    def run(self, ids: Tensor, context: Sequences) -> Tensor:
         """What `step` returns, in memory of its own."""
         if self.refusal is None and self._can_record(context):
             recording = context.recorded
             if recording is not None and recording.made_under == self._circumstances():
-                return recording.play(ids) if recording.tape else self._record(recording, ids, context)
+                return recording.play(ids, context) if recording.tape else self._record(recording, ids, context)
             context.recorded = _Recording(self._circumstances())
         return self._step(ids, context)
 
-    def _can_record(self, context: SSMInferenceContext) -> bool:
+    def _can_record(self, context: Sequences) -> bool:
         # Keys and values grow, and attention looks at positions; large batches spend their time in the kernels.
         return not context.grows and context.batch_size <= MOST_ROWS and self._read[0].is_cpu
 
@@ -66,8 +66,8 @@ class RecordedDecode:
         versions = [parameter._version for parameter in self._kept_as]
         return places, versions, torch.get_num_threads(), dispatch.is_forced("reference"), self._stack.reduction
 
-    def _record(self, recording: _Recording, ids: Tensor, context: SSMInferenceContext) -> Tensor:
-        result = recording.record(ids, lambda own: self._step(own, context))
+    def _record(self, recording: _Recording, ids: Tensor, context: Sequences) -> Tensor:
+        result = recording.record(ids, context, self._step)
         self.refusal = recording.tape.refusal
         return result
 
@@ -77,14 +77,15 @@ class _Recording:
         self.made_under = made_under
         self.tape: Tape | None = None
 
-    def record(self, ids: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+    def record(self, ids: Tensor, context: Sequences, step: Callable[[Tensor, Sequences], Tensor]) -> Tensor:
         self.tape = Tape()
-        self._ids = ids.clone()
+        self._ids, self._context = ids.clone(), context.as_recorded()
         with self.tape.recording():
-            self._result = step(self._ids)
+            self._result = step(self._ids, self._context)
         return self._result.clone()
 
-    def play(self, ids: Tensor) -> Tensor:
+    def play(self, ids: Tensor, context: Sequences) -> Tensor:
         self._ids.copy_(ids)
+        self._context.point_to(context)
         self.tape.play()
         return self._result.clone()

@@ -32,6 +32,11 @@ class StateLayout:
     layout: ParameterLayout
     grows: bool = False
 
+    def local_shape(self, ranks: int, tokens: int) -> tuple[int, ...]:
+        """The shape of one rank's piece, of a sequence with room for so many tokens."""
+        first, *rest = self.layout.local_shape(ranks)
+        return (first, tokens, *rest) if self.grows else (first, *rest)
+
 
 @singledispatch
 def parameters(config) -> Table:
