@@ -40,6 +40,9 @@ class BackboneOutput(ModelOutput):
 class HFBackbone(Stack):
     """A Stack that Hugging Face's own forward and generate can call.
 
+    Attributes:
+        state_dtype: what new contexts keep SSM states in; None for fp32, or wider where the model is.
+
     Args:
         replaced: the Hugging Face model that it stands in for; its plain attributes, which heads read, are kept.
         config: of the Hugging Face model.
@@ -49,6 +52,7 @@ class HFBackbone(Stack):
     def __init__(self, replaced: torch.nn.Module, config, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.config = config
+        self.state_dtype: torch.dtype | None = None
         kept = {name: value for name, value in vars(replaced).items() if not name.startswith("_")}
         for name in kept.keys() - {"training", *vars(self)}:
             setattr(self, name, kept[name])
@@ -111,7 +115,7 @@ class HFBackbone(Stack):
     def new_context(self, batch_size: int, dtype: torch.dtype | None = None) -> SSMInferenceContext:
         """The state of `batch_size` empty sequences; `dtype` of the activations where it is not the parameters'."""
         weight = self.final_norm.weight
-        place = {"ranks": self.embedding.reduction.size, "device": weight.device}
+        place = {"ranks": self.reduction.size, "device": weight.device, "state_dtype": self.state_dtype}
         return SSMInferenceContext(self.plan, batch_size=batch_size, dtype=dtype or weight.dtype, **place)
 
     def _through(

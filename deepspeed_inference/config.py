@@ -27,6 +27,7 @@ DTYPES = {
 }
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 WEIGHTS = ("int8",)
+OUTPUT_ORDERS = ("input", "completion")
 PRESETS = Path(__file__).parent / "presets"
 if not PRESETS.is_dir():  # a checkout: the presets are mapped into the package only when it is installed
     PRESETS = Path(__file__).parent.parent / "configs"
@@ -120,6 +121,28 @@ class InferenceConfig:
     record_decode: bool = option(
         True, "keep a decode step as a list of native calls and play that, without the Python around them (CPU)"
     )
+
+    # What is remembered
+    state_dtype: torch.dtype | None = option(
+        None, "float32 or bfloat16: what SSM states are kept in (default: float32, or the model's where that is wider)"
+    )
+    prefill_tokens: int = option(2048, "tokens of prompts that run at once: the memory that a prefill takes", type=int)
+    chunk_tokens: int = option(
+        512, "as many at most while other requests decode: how long those wait for a new prompt", type=int
+    )
+    max_sequence_length: int | None = option(
+        None, "tokens of a request, its answer included; longer ones are refused (default: no limit)", type=int
+    )
+    prefix_cache_mb: float = option(
+        0.0, "MB a rank for the states of prompts that others may begin with; 0 keeps none", type=float
+    )
+    prefix_cache_stride: int = option(
+        512, "a prompt's state is kept every so many tokens, besides at its ends; 0: only there", type=int
+    )
+    prefix_cache_spill: str | None = option(
+        None, "host or a directory: where states go that the prefix cache has no room for (default: nowhere)"
+    )
+    prefix_cache_spill_mb: float = option(1024.0, "MB a rank for those", type=float)
     progress: bool = option(True, "show progress bars on a terminal, while loading and over the prompts of a file")
 
     # What is generated
@@ -128,12 +151,14 @@ class InferenceConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0: all", type=int)
     top_p: float = option(1.0, "sample among the likeliest tokens of this total probability", type=float)
     seed: int = option(0, "the same seed draws the same at any number of ranks", type=int)
+    stop: list[str] = option([], "a text that ends an answer and is left out of it; repeat for more", action="append")
 
     # What infer.py reads and writes
     prompt: list[str] = option([], "a prompt; repeat the option for more", action="append")
     prompts: str | None = option(None, "a JSONL file of prompts, one object a line with a key 'prompt'")
     output: str | None = option(None, "a JSONL file to write the answers to")
-    batch_size: int = option(8, "prompts of a file that run together", type=int)
+    batch_size: int = option(16, "requests that run together; each has a slot for its state", type=int)
+    output_order: str = option("input", "input or completion: the order of the answers to a file's prompts")
     json: bool = option(False, "print answers and measurements as JSON lines, without decoration")
     profile: bool = option(
         False, "instead of answering, say where the time of a prefill and of a decode step goes (CPU)"
@@ -143,7 +168,9 @@ class InferenceConfig:
         object.__setattr__(self, "tensor_parallel", _tensor_parallel(self.tensor_parallel))
         object.__setattr__(self, "quantized_all_reduce", _quantized(self.quantized_all_reduce))
         object.__setattr__(self, "dtype", _dtype(self.dtype))
-        object.__setattr__(self, "prompt", _texts(self.prompt))
+        object.__setattr__(self, "state_dtype", _state_dtype(self.state_dtype))
+        object.__setattr__(self, "prompt", _texts("prompt", self.prompt))
+        object.__setattr__(self, "stop", _stop(self.stop))
         for name in ("model", "prompts", "output"):
             in_range(name, getattr(self, name), (str, Path), lambda value: str(value) != "", "a path", optional=True)
         for name in ("bind_cores", "record_decode", "progress", "json", "profile"):
@@ -161,12 +188,27 @@ class InferenceConfig:
         in_range(
             "reduction_timeout", self.reduction_timeout, (int, float), lambda value: 0 < value < 1e9, "seconds > 0"
         )
-        in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
-        in_range("batch_size", self.batch_size, int, lambda value: value >= 1, "a positive integer")
+        for name in ("max_new_tokens", "batch_size", "prefill_tokens", "chunk_tokens"):
+            in_range(name, getattr(self, name), int, lambda value: value >= 1, "a positive integer")
+        self._check_cache()
+        one_of("output_order", self.output_order, OUTPUT_ORDERS)
         check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
         for name in ("prompts", "output"):
             if self.profile and getattr(self, name) is not None:
                 raise ValueError(f"profile: expected no {name} beside it, found {name}: {getattr(self, name)}")
+
+    def _check_cache(self) -> None:
+        in_range(
+            "max_sequence_length", self.max_sequence_length, int, lambda value: value >= 2, "an integer from 2", True
+        )
+        for name in ("prefix_cache_mb", "prefix_cache_spill_mb"):
+            in_range(name, getattr(self, name), (int, float), lambda value: 0 <= value < 1e9, "MB, from 0")
+        in_range("prefix_cache_stride", self.prefix_cache_stride, int, lambda value: value >= 0, "an integer from 0")
+        in_range(
+            "prefix_cache_spill", self.prefix_cache_spill, (str, Path), lambda value: str(value) != "", "a path", True
+        )
+        if self.prefix_cache_spill is not None and not self.prefix_cache_mb:
+            raise ValueError("prefix_cache_spill: expected a prefix_cache_mb above 0 beside it, found 0")
 
     @classmethod
     def from_dict(cls, options: Mapping) -> InferenceConfig:
@@ -271,17 +313,31 @@ def _of_mapping(kind: type, name: str, value):
     return kind(**value)
 
 
-def _dtype(value) -> torch.dtype | None:
+def _dtype(value, field: str = "dtype") -> torch.dtype | None:
     if value is None or (isinstance(value, torch.dtype) and value in DTYPES.values()):
         return value
     name = _SHORT_DTYPES.get(value, value) if isinstance(value, str) else None
     if name not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {value!r}")
+        raise ValueError(f"{field}: expected one of {', '.join(DTYPES)}, found {value!r}")
     return DTYPES[name]
 
 
-def _texts(value) -> list[str]:
+def _state_dtype(value) -> torch.dtype | None:
+    dtype = _dtype(value, "state_dtype")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype: expected float32 or bfloat16, found {value!r}")
+    return dtype
+
+
+def _texts(name: str, value) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompt: expected a text or a list of texts, found {value!r}")
+        raise ValueError(f"{name}: expected a text or a list of texts, found {value!r}")
     return list(texts)
+
+
+def _stop(value) -> list[str]:
+    texts = _texts("stop", value)
+    if "" in texts:
+        raise ValueError("stop: expected texts of at least one character, found an empty one")
+    return texts

@@ -44,6 +44,23 @@ class _Store:
         return _Store(data, self.layers, self.layout)
 
 
+def layers_by_state(plan: ModelPlan) -> dict[tuple[str, tables.StateLayout], list[int]]:
+    """Which layers of a model keep which state: (LayerState's name for it, its layout) -> their numbers."""
+    layers: dict[tuple[str, tables.StateLayout], list[int]] = {}
+    for index, layer in enumerate(plan.layers):
+        for part in layer.parts():
+            for name, layout in tables.state(part).items():
+                layers.setdefault((name, layout), []).append(index)
+    return layers
+
+
+def dtype_of(state: tables.StateLayout, dtype: torch.dtype, state_dtype: torch.dtype | None) -> torch.dtype:
+    """What a state is kept in, where activations are of `dtype`; arguments as SSMInferenceContext has them."""
+    if not state.layout.keep_fp32:
+        return dtype
+    return state_dtype or torch.promote_types(dtype, torch.float32)
+
+
 class SSMInferenceContext(Cache):
     """The state of `batch_size` sequences in every layer, on one rank; zero, which is an empty past, at first.
 
@@ -74,15 +91,10 @@ class SSMInferenceContext(Cache):
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected a positive integer, found {batch_size!r}")
-        layouts: dict[tuple[str, tables.StateLayout], list[int]] = {}
-        for index, layer in enumerate(plan.layers):
-            for part in layer.parts():
-                for name, layout in tables.state(part).items():
-                    layouts.setdefault((name, layout), []).append(index)
+        layouts = layers_by_state(plan)
         stores = {name: [] for name, _ in layouts}
-        exact = state_dtype or torch.promote_types(dtype, torch.float32)
         for (name, state), layers in layouts.items():
-            kept = exact if state.layout.keep_fp32 else dtype
+            kept = dtype_of(state, dtype, state_dtype)
             data = torch.zeros((len(layers), batch_size, *state.local_shape(ranks, 0)), dtype=kept, device=device)
             stores[name].append(_Store(data, layers, state))
         self.device = torch.device(device)
@@ -189,17 +201,17 @@ class SSMInferenceContext(Cache):
         return sum(store.data.nbytes for store in self._all_stores())
 
     def fixed(self, row: int) -> list[torch.Tensor]:
-        """The state of one sequence that has one size however long it is: views [layers, …], the same on any context."""
+        """Of one sequence, the state that has one size however long it is: views [layers, …], alike in all contexts."""
         self.check_alive()
         return [store.data[:, row] for store in self._all_stores() if not store.grows]
 
     def growing(self, row: int, start: int, stop: int) -> list[torch.Tensor]:
-        """What a sequence keeps of its tokens start..stop: views [layers, heads, stop - start, P]; there must be room."""
+        """What a sequence keeps of its tokens start..stop, where there is room: views [layers, heads, tokens, P]."""
         self.check_alive()
         return [store.data[:, row, :, start:stop] for store in self._all_stores() if store.grows]
 
     def by_layer(self) -> Iterator[tuple[str, tables.StateLayout, torch.Tensor]]:
-        """Every state: ("layers.3.ssm", its layout, a view [B, …] of this rank's; where it grows [B, heads, capacity, P])."""
+        """Every state: "layers.3.ssm", its layout, and a view of this rank's [B, …], or [B, heads, capacity, P]."""
         self.check_alive()
         for name, stores in self._stores.items():
             for store in stores:

@@ -6,11 +6,12 @@ blocks; Hugging Face's forward and generate stay available over the same modules
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.config import DeepSpeedInferenceConfig
@@ -22,22 +23,24 @@ import ssm_kernels
 from deepspeed_inference import policy
 from deepspeed_inference.config import DTYPES, InferenceConfig, check_dtype_of_weights, read_preset
 from deepspeed_inference.context import SSMInferenceContext
+from deepspeed_inference.continuous_batch import ContinuousBatch
 from deepspeed_inference.generate import stream
-from deepspeed_inference.packing import Packing
 from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
+from deepspeed_inference.prefill import Piece, Prefills
+from deepspeed_inference.prefix_cache import PrefixCache
 from deepspeed_inference.pretrained import empty_model, model_directory, read_config
 from deepspeed_inference.recorded_decode import RecordedDecode
+from deepspeed_inference.request import Request
 from deepspeed_inference.sampling import Sampling
 from deepspeed_inference.scoring import log_probabilities
+from deepspeed_inference.selection import Sequences
+from deepspeed_inference.spill import Disk, HostMemory, SecondTier
+from deepspeed_inference.state_memory import StateMemory
 from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family, family_of
 from megatron_ssm.overlap import Overlap
-
-# Tokens of a prefill that run at once, where all that passes from one piece to the next is the state: the memory that a
-# prompt takes does not grow with it.
-PIECE_TOKENS = 2048
 
 
 @torch.inference_mode(False)  # parameters are ordinary tensors, wherever the caller makes the engine
@@ -81,9 +84,7 @@ def init_inference(
         reduction=place.reduction,
         groups=place.groups,
         dtype=opened.dtype,
-        kernels=options.kernels,
-        hide_reductions=options.hide_reductions,
-        record_decode=options.record_decode,
+        options=options,
         directory=opened.directory,
     )
 
@@ -97,10 +98,15 @@ class SSMInferenceEngine(InferenceEngine):
         reduction: the ranks that share it.
         groups: where this rank stands among all.
         dtype: the model runs in.
-        kernels: the backend of ssm_kernels.
-        hide_reductions: as Overlap has it.
-        record_decode: as RecordedDecode has it.
+        options: how it is run.
         directory: of the checkpoint; None for a model that was handed over in memory.
+
+    Attributes:
+        memory: what its states take.
+        prefix_cache: states of prompts that others may begin with; None where none are kept.
+
+    Raises:
+        ValueError: the prefix cache has no room for the state of one sequence.
     """
 
     def __init__(
@@ -111,9 +117,7 @@ class SSMInferenceEngine(InferenceEngine):
         reduction: Reduction,
         groups: ParallelGroups,
         dtype: torch.dtype,
-        kernels: str = "auto",
-        hide_reductions: str = "auto",
-        record_decode: bool = True,
+        options: InferenceConfig,
         directory: Path | None = None,
     ):
         # DeepSpeed is told of one rank and to leave the model where it is: it is cut already, and lies on its device.
@@ -128,11 +132,14 @@ class SSMInferenceEngine(InferenceEngine):
         self.groups = groups
         self.dtype = dtype
         self.directory = directory
-        self._kernels = kernels
+        self.options = options
         self.head = policy.head_module(model, family)
         self.stack = policy.backbone_module(model, family)
-        self.stack.hide(Overlap(hide_reductions))
-        self._decode = RecordedDecode(self.stack, self.head, self._step, record_decode)
+        self.stack.hide(Overlap(options.hide_reductions))
+        self.stack.state_dtype = options.state_dtype
+        self.memory = StateMemory.of(self.plan, ranks=reduction.size, dtype=dtype, options=options)
+        self.prefix_cache = self._make_prefix_cache()
+        self._decode = RecordedDecode(self.stack, self.head, self._step, options.record_decode)
 
     @property
     def device(self) -> torch.device:
@@ -154,11 +161,13 @@ class SSMInferenceEngine(InferenceEngine):
     def prefill(
         self,
         input_ids: torch.Tensor,
-        context: SSMInferenceContext,
+        context: Sequences,
         lengths: torch.Tensor | None = None,
         gather_logits: bool = True,
     ) -> torch.Tensor:
         """Take prompts, or more of them, into the context. Its state is where they continue from.
+
+        Where the context is empty, the prefix cache may know the state behind some of their tokens.
 
         Args:
             input_ids: [B, L] ids, rows beginning at the left.
@@ -175,23 +184,22 @@ class SSMInferenceEngine(InferenceEngine):
         self._check_ids(input_ids)
         rows, width = input_ids.shape
         self._check_batch(rows, context)
-        packing = None
-        if lengths is not None:
-            lengths = _check_lengths(lengths, rows, width)
-            if (lengths < width).any():
-                packing = Packing.from_lengths(lengths.to(self.device), width)
-        context.reserve(width if lengths is None else lengths)
-        ids = input_ids.to(self.device)
-        if packing is None:
-            output, residual = self._run_pieces(ids, context)
-        else:
-            output, residual = self._run(packing.pack(ids), context, packing.cu_seqlens)
-            output, residual = packing.last(output), packing.last(residual)
-        context.advance(width if lengths is None else lengths)
+        ends = [width] * rows if lengths is None else _check_lengths(lengths, rows, width).tolist()
+        prefills = Prefills(context, None if context.positions.any() else self.prefix_cache)
+        context.reserve(max(ends))
+        for row, (ids, end) in enumerate(zip(input_ids.cpu().numpy().astype(np.int64), ends, strict=True)):
+            prefills.add(row, ids[:end])
+        last: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        while len(prefills):
+            pieces = prefills.next_pieces(self.options.prefill_tokens)
+            output, residual = self.run_pieces(pieces, prefills.selection(pieces))
+            prefills.note(pieces)
+            last |= {piece.prompt.row: (output[i], residual[i]) for i, piece in enumerate(pieces) if piece.is_last}
+        output, residual = map(torch.stack, zip(*(last[row] for row in range(rows)), strict=True))
         return self._logits(output, residual, gather_logits)
 
     @torch.inference_mode()
-    def decode(self, token_ids: torch.Tensor, context: SSMInferenceContext, gather_logits: bool = True) -> torch.Tensor:
+    def decode(self, token_ids: torch.Tensor, context: Sequences, gather_logits: bool = True) -> torch.Tensor:
         """Take one more token of every sequence.
 
         Args:
@@ -214,7 +222,7 @@ class SSMInferenceEngine(InferenceEngine):
         return self._whole_logits(logits, gather_logits)
 
     @torch.inference_mode()
-    def score(self, input_ids: torch.Tensor, targets: torch.Tensor, context: SSMInferenceContext) -> torch.Tensor:
+    def score(self, input_ids: torch.Tensor, targets: torch.Tensor, context: Sequences) -> torch.Tensor:
         """How likely each target is after its input and all before it; the context goes on by the inputs.
 
         Args:
@@ -289,30 +297,77 @@ class SSMInferenceEngine(InferenceEngine):
         return _ids(self.module.generation_config.eos_token_id)
 
     def close(self) -> None:
-        """Let go of what the ranks share."""
+        """Let go of what the ranks share, and of what the prefix cache wrote."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
         self.reduction.close()
 
-    def _run_pieces(self, ids: torch.Tensor, context: SSMInferenceContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `_run` returns at the last token of whole rows, [B, L] ids, however long they are."""
-        # Attention would have to mask its keys in every piece but the first.
-        length = ids.shape[1] if context.grows else max(1, PIECE_TOKENS // ids.shape[0])
-        for piece in ids.split(length, dim=1):
-            output, residual = self._run(piece, context, None)
-        return output[:, -1], residual[:, -1]
+    @torch.inference_mode()
+    def run_pieces(self, pieces: Sequence[Piece], context: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the next pieces of prompts: what `Stack.run` gives at the last token of each, [pieces, D] both.
 
-    def _step(self, ids: torch.Tensor, context: SSMInferenceContext) -> torch.Tensor:
+        Args:
+            pieces: one a sequence of the context, of any lengths.
+            context: their rows.
+        """
+        ids = [piece.ids for piece in pieces]
+        lengths = torch.tensor([piece.numel() for piece in ids], device="cpu")
+        context.reserve(lengths)
+        if (lengths == lengths[0]).all():
+            output, residual = self._run(torch.stack(ids).to(self.device), context, None)
+            last = slice(None), -1
+        else:
+            ends = lengths.cumsum(0)
+            cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32).to(self.device)
+            output, residual = self._run(torch.cat(ids).unsqueeze(0).to(self.device), context, cu_seqlens)
+            last = 0, (ends - 1).to(self.device)
+        context.advance(lengths)
+        return output[last], residual[last]
+
+    def local_logits(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[B, V/T] logits of this rank's ids, of what `run_pieces` gives."""
+        return self._logits(output, residual, gather=False)
+
+    def run(
+        self,
+        requests: Iterable[Request | None],
+        *,
+        tokenizer=None,
+        order: str = "completion",
+        on_token: Callable[[Hashable, int], None] | None = None,
+    ) -> ContinuousBatch:
+        """Answer requests, `batch_size` of them at once; each joins as soon as a slot is free.
+
+        Arguments and errors are those of ContinuousBatch, which is an iterator over Answers and can cancel requests.
+        """
+        return ContinuousBatch(self, requests, tokenizer=tokenizer, order=order, on_token=on_token)
+
+    def _make_prefix_cache(self) -> PrefixCache | None:
+        self.memory.check()
+        if not self.memory.prefix_cache_bytes:
+            return None
+        spill = second_tier(self.options.prefix_cache_spill, self.memory.spill_bytes)
+        return PrefixCache(
+            budget_bytes=self.memory.prefix_cache_bytes,
+            stride=self.options.prefix_cache_stride,
+            turn_token_ids=self.eos_token_ids,
+            second_tier=spill,
+            all_agree=lambda mine: all(self.reduction.exchange(mine)),
+        )
+
+    def _step(self, ids: torch.Tensor, context: Sequences) -> torch.Tensor:
         """[B, 1] ids -> [B, V/T], this rank's logits behind them."""
         output, residual = self.stack.run(self.stack.embed(ids), context.layer)
         return self.head.local_logits(self.stack.normed(output[:, 0], residual[:, 0]))
 
     def _run(
-        self, ids: torch.Tensor, context: SSMInferenceContext, cu_seqlens: torch.Tensor | None
+        self, ids: torch.Tensor, context: Sequences, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with self._freeing(context):
             return self.stack.run(self.stack.embed(ids), context.layer, cu_seqlens)
 
     @contextmanager
-    def _freeing(self, context: SSMInferenceContext) -> Iterator[None]:
+    def _freeing(self, context: Sequences) -> Iterator[None]:
         try:
             with self._backend():
                 yield
@@ -332,7 +387,8 @@ class SSMInferenceEngine(InferenceEngine):
         return logits if self.plan.logits_multiplier == 1.0 else logits * self.plan.logits_multiplier
 
     def _backend(self):
-        return nullcontext() if self._kernels == "auto" else ssm_kernels.use_backend(self._kernels)
+        kernels = self.options.kernels
+        return nullcontext() if kernels == "auto" else ssm_kernels.use_backend(kernels)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
@@ -341,10 +397,17 @@ class SSMInferenceEngine(InferenceEngine):
             raise ValueError(f"input_ids: expected at least one token a prompt, found shape {list(ids.shape)}")
         self.stack.embedding.check(ids)
 
-    def _check_batch(self, rows: int, context: SSMInferenceContext) -> None:
+    def _check_batch(self, rows: int, context: Sequences) -> None:
         context.check_alive()
         if context.batch_size != rows:
             raise ValueError(f"expected {context.batch_size} rows, as the context has, found {rows}")
+
+
+def second_tier(where: str | None, budget_bytes: int) -> SecondTier | None:
+    """What `prefix_cache_spill` names: "host", a directory, or None."""
+    if where is None:
+        return None
+    return HostMemory(budget_bytes) if where == "host" else Disk(where, budget_bytes)
 
 
 def _options(model, config, keywords: dict) -> InferenceConfig:

@@ -7,6 +7,7 @@ is the same wherever the token's logit was computed, at any number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,25 @@ def choose(
     noisy = values + _gumbel(candidates, streams, positions, sampling.seed, values.dtype)
     noisy = noisy.masked_fill(~allowed, float("-inf"))
     return candidates.gather(1, _first_largest(noisy, candidates)).squeeze(1)
+
+
+def choose_each(
+    local_logits: torch.Tensor,
+    head: VocabParallelHead,
+    samplings: Sequence[Sampling],
+    streams: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """`choose`, with a Sampling a row; rows that are sampled alike are chosen together."""
+    alike: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        alike.setdefault(sampling, []).append(row)
+    if len(alike) == 1:
+        return choose(local_logits, head, samplings[0], streams, positions)
+    chosen = torch.empty(len(samplings), dtype=torch.int64, device=local_logits.device)
+    for sampling, rows in alike.items():
+        chosen[rows] = choose(local_logits[rows], head, sampling, streams[rows], positions[rows])
+    return chosen
 
 
 def _best(values: torch.Tensor, ids: torch.Tensor, head: VocabParallelHead) -> torch.Tensor:

@@ -6,6 +6,7 @@ something to do: a selection of the slots is what that step prefills or decodes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -20,20 +21,28 @@ class Selection:
 
     Args:
         pool: the context.
-        slots: [B] int64, distinct, on the CPU.
+        slots: [B], distinct.
 
     Raises:
         ValueError: a slot is out of range, or named twice.
     """
 
-    def __init__(self, pool: SSMInferenceContext, slots: torch.Tensor):
+    def __init__(self, pool: SSMInferenceContext, slots: Sequence[int] | torch.Tensor):
         pool.check_alive()
+        slots = torch.as_tensor(slots, dtype=torch.int64, device="cpu")
         found = slots.tolist()
         if not found or len(set(found)) < len(found) or not 0 <= min(found) <= max(found) < pool.batch_size:
             raise ValueError(f"slots: expected distinct ones in 0..{pool.batch_size - 1}, found {found}")
         self.pool = pool
         self.slots = slots
         self.indices = slots.to(pool.device)
+
+    @classmethod
+    def of(cls, sequences: Sequences, rows: Sequence[int]) -> Sequences:
+        """Some sequences of a context, or of a selection; all of them in their order are what was given."""
+        if list(rows) == list(range(sequences.batch_size)):
+            return sequences
+        return cls(sequences.pool, sequences.slots[rows]) if isinstance(sequences, Selection) else cls(sequences, rows)
 
     @property
     def batch_size(self) -> int:

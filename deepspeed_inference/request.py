@@ -1,0 +1,90 @@
+"""What `engine.run` takes and gives: requests in, answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from deepspeed_inference.sampling import Sampling
+from deepspeed_inference.validation import in_range
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to be continued.
+
+    Args:
+        id: by which its answer is known; no other request of the run has it.
+        prompt: ids of its tokens.
+        max_new_tokens: at most so many follow.
+        sampling: how they are chosen.
+        noise_stream: which stream of noise it samples from; None for its number in the run.
+        eos_token_ids: ids that end the answer; None takes the model's, an empty tuple takes none.
+        stop: texts that end the answer; they need a tokenizer.
+
+    Raises:
+        ValueError: a value is of the wrong kind or out of its range.
+    """
+
+    id: Hashable
+    prompt: Sequence[int]
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    noise_stream: int | None = None
+    eos_token_ids: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self):
+        in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
+        in_range("noise_stream", self.noise_stream, int, lambda value: value >= 0, "an integer from 0", optional=True)
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling: expected a Sampling, found {self.sampling!r}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop: expected a list of texts of at least one character, found {self.stop!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of a request.
+
+    Args:
+        id: the request's.
+        tokens: ids that were generated, with the one that ended the answer.
+        finish: "stop" by an id or a text that ends, "length", "cancelled", or "error".
+        text: of the tokens, without what ended it; None where there is no tokenizer.
+        error: why the request was refused, where it was.
+        prompt_tokens: of the prompt.
+        cached_tokens: how many of those the prefix cache knew.
+        first_token_seconds: from the moment that the request was taken to its first token; None where none came.
+        seconds: to its last.
+    """
+
+    id: Hashable
+    tokens: tuple[int, ...] = ()
+    finish: str
+    text: str | None = None
+    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+
+
+def problem_of(request: Request, *, vocab_size: int, max_length: int | None, has_tokenizer: bool) -> str | None:
+    """Why a model cannot run the request; None where it can."""
+    if not len(request.prompt):
+        return "the prompt is empty"
+    highest, lowest = max(request.prompt), min(request.prompt)
+    if not 0 <= lowest <= highest < vocab_size:
+        return f"expected token ids in 0..{vocab_size - 1}, found {highest if highest >= vocab_size else lowest}"
+    length = len(request.prompt) + request.max_new_tokens
+    if max_length is not None and length > max_length:
+        return (
+            f"expected at most {max_length} tokens (max_sequence_length), found {length}: {len(request.prompt)} of the "
+            f"prompt and {request.max_new_tokens} new ones"
+        )
+    if request.stop and not has_tokenizer:
+        return "expected a tokenizer beside stop texts, found none"
+    return None

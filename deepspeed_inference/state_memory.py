@@ -1,0 +1,86 @@
+"""How much memory states take, known before any of it is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed_inference.config import InferenceConfig
+from deepspeed_inference.context import dtype_of, layers_by_state
+from megatron_ssm.plan import ModelPlan
+
+MB = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateMemory:
+    """Bytes on one rank.
+
+    Args:
+        sequence_bytes: of one sequence, whatever its length; also of one snapshot in the prefix cache.
+        token_bytes: of each of its tokens (keys and values).
+        slots: sequences of a continuous batch.
+        length: tokens that each slot has room for from the start; None where room is made as it is needed.
+        prefix_cache_bytes, spill_bytes: at most.
+        spill: where to; None for nowhere.
+    """
+
+    sequence_bytes: int
+    token_bytes: int
+    slots: int
+    length: int | None
+    prefix_cache_bytes: int
+    spill_bytes: int
+    spill: str | None
+
+    @classmethod
+    def of(cls, plan: ModelPlan, *, ranks: int, dtype: torch.dtype, options: InferenceConfig) -> StateMemory:
+        """What a model's states take on each of so many ranks, as the options have it."""
+        fixed = growing = 0
+        for (_, state), layers in layers_by_state(plan).items():
+            one = torch.Size(state.local_shape(ranks, 1)).numel() * len(layers)
+            size = one * dtype_of(state, dtype, options.state_dtype).itemsize
+            fixed, growing = (fixed, growing + size) if state.grows else (fixed + size, growing)
+        return cls(
+            sequence_bytes=fixed,
+            token_bytes=growing,
+            slots=options.batch_size,
+            length=options.max_sequence_length,
+            prefix_cache_bytes=int(options.prefix_cache_mb * MB),
+            spill_bytes=int(options.prefix_cache_spill_mb * MB) if options.prefix_cache_spill else 0,
+            spill=options.prefix_cache_spill,
+        )
+
+    @property
+    def slots_bytes(self) -> int:
+        """Of all slots, before any of them needs room for more tokens."""
+        return self.slots * (self.sequence_bytes + self.token_bytes * (self.length or 0))
+
+    def check(self) -> None:
+        """Raise ValueError where the prefix cache has no room for a single snapshot."""
+        needed = self.sequence_bytes + self.token_bytes
+        if 0 < self.prefix_cache_bytes < needed:
+            raise ValueError(
+                f"prefix_cache_mb: expected room for one snapshot, {needed / MB:.3g} MB a rank, found "
+                f"{self.prefix_cache_bytes / MB:.3g}"
+            )
+
+    def lines(self) -> list[str]:
+        """For people, a line each: the slots, the prefix cache where there is one, where it spills to."""
+        room = ""
+        if self.token_bytes:
+            tokens = f"for {self.length:,} tokens" if self.length else "as they come"
+            room = f" + {self.token_bytes / 1e3:,.1f} kB a token, {tokens}"
+        lines = [
+            f"state: {self.slots} slots × ({self.sequence_bytes / MB:,.2f} MB{room}) = "
+            f"{self.slots_bytes / MB:,.1f} MB a rank"
+        ]
+        if self.prefix_cache_bytes:
+            count = self.prefix_cache_bytes // self.sequence_bytes if self.sequence_bytes else 0
+            most = f", {count:,} states at most" if not self.token_bytes else ""
+            lines.append(f"prefix cache: {self.prefix_cache_bytes / MB:,.1f} MB a rank{most}")
+        if self.spill:
+            where = "host memory" if self.spill == "host" else self.spill
+            lines.append(f"beyond it: {self.spill_bytes / MB:,.1f} MB a rank in {where}")
+        return lines
