@@ -14,6 +14,7 @@ from ssm_kernels.cpu import causal_conv1d as cpu
 from ssm_kernels.cpu.library import sequences_of
 from ssm_kernels.validation import (
     check_dims,
+    check_dtype,
     check_shape,
     check_slots,
     check_states,
@@ -64,7 +65,8 @@ def causal_conv1d(
     past = _check_parameters(channels, weight, bias, activation)
     starts = sequence_starts(cu_seqlens, batch, length)
     sequences = batch if starts is None else len(starts) - 1
-    check_states("initial_state", initial_state, (sequences, channels, past), x.dtype, state_indices)
+    check_states("initial_state", initial_state, (sequences, channels, past), state_indices)
+    check_dtype("initial_state", initial_state, x.dtype)
     inputs = (x, weight, bias, initial_state)
     if state_indices is not None:
         refuse_grad("causal_conv1d with state_indices", *inputs)
@@ -124,7 +126,8 @@ def causal_conv1d_update(
     past = _check_parameters(channels, weight, bias, activation)
     if state is None:
         raise ValueError("state: expected a tensor, found None")
-    check_states("state", state, (batch, channels, past), x.dtype, state_indices)
+    check_states("state", state, (batch, channels, past), state_indices)
+    check_dtype("state", state, x.dtype)
     inputs = (x, state, weight, bias)
     if torch.is_grad_enabled():
         refuse_grad("causal_conv1d_update", *inputs)

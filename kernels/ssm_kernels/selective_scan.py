@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
 from ssm_kernels.cpu import selective_scan as cpu
-from ssm_kernels.cpu.library import fp32_empty, sequences_of
+from ssm_kernels.cpu.library import empty_state, sequences_of, unit_stride
 from ssm_kernels.validation import (
     check_dims,
+    check_recurrent_dtype,
     check_shape,
     check_slots,
     check_states,
@@ -55,13 +56,15 @@ def selective_scan(
         z: [B, L, I] gate; the output is multiplied by silu(z).
         dt_bias: [I] fp32, added to dt.
         dt_softplus: apply softplus to dt + dt_bias.
-        initial_state: [S, I, N] fp32, one a sequence (S = B unless packed); zeros if omitted; never modified. With
-            `state_indices` a pool [slots, I, N].
+        initial_state: [S, I, N] fp32 or bf16, one a sequence (S = B unless packed); zeros if omitted; never
+            modified. With `state_indices` a pool [slots, I, N]. Between the tokens the state is fp32: a call rounds
+            once, to nearest even, at its end. The gradient has the same dtype.
         cu_seqlens: [S + 1] int32 or int64, rising from 0 to L: B is 1 and S sequences lie packed along L, each with
             its own state. An empty sequence keeps its state.
         state_indices: [S] int32 or int64, distinct. Sequence s reads slot state_indices[s] of the pool and its final
             state is written there in place; not differentiable.
-        return_final_state: also return the state after the last token: [S, I, N] fp32, or the pool.
+        return_final_state: also return the state after the last token: [S, I, N] in the dtype of `initial_state`
+            (fp32 if omitted), or the pool.
 
     Returns:
         out [B, L, I] in the dtype of x, or (out, final state).
@@ -112,7 +115,8 @@ def selective_state_update(
     """Advance the state by one token, in place: `selective_scan` with L = 1. Inference only.
 
     Args:
-        state: [B, I, N] fp32, or with `state_indices` a pool [slots, I, N]; updated in place; unit last stride.
+        state: [B, I, N] fp32 or bf16, or with `state_indices` a pool [slots, I, N]; updated in place, bf16 rounded to
+            nearest even; unit last stride.
         x, dt, z: [B, I].
         A: [I, N] fp32, already -exp(A_log).
         B, C: [B, N].
@@ -158,18 +162,14 @@ class _SelectiveScan(torch.autograd.Function):
 def _forward(inputs, dt_softplus, starts, with_final, chunk_states=None) -> tuple[Tensor, Tensor | None]:
     *arguments, initial = inputs
     x, A = inputs[0], inputs[2]
-    final = fp32_empty(sequences_of(x, starts)[0], *A.shape) if with_final else None
-    initial = cpu.unit_stride(initial)
+    final = empty_state(initial, sequences_of(x, starts)[0], *A.shape) if with_final else None
+    initial = unit_stride(initial)
     return cpu.forward(*arguments, dt_softplus, initial, final, starts, None, chunk_states), final
 
 
 def _limit(A: Tensor) -> str | None:
     states = A.shape[1]
     return None if states <= cpu.MAX_STATES else f"N is {states}, the native kernel takes at most {cpu.MAX_STATES}"
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_indices) -> list[int] | None:
@@ -186,7 +186,8 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_
     check_shape("dt_bias", dt_bias, (channels,))
     starts = sequence_starts(cu_seqlens, batch, length)
     sequences = batch if starts is None else len(starts) - 1
-    check_states("initial_state", initial_state, (sequences, channels, states), _state_dtype(x), state_indices)
+    check_states("initial_state", initial_state, (sequences, channels, states), state_indices)
+    check_recurrent_dtype("initial_state", initial_state, x)
     return starts
 
 
@@ -204,4 +205,5 @@ def _check_step(state, x, dt, A, B, C, D, z, dt_bias, state_indices) -> None:
     check_shape("dt_bias", dt_bias, (channels,))
     if state is None:
         raise ValueError("state: expected a tensor, found None")
-    check_states("state", state, (batch, channels, states), _state_dtype(x), state_indices)
+    check_states("state", state, (batch, channels, states), state_indices)
+    check_recurrent_dtype("state", state, x)

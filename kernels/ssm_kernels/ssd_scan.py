@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
 from ssm_kernels.cpu import ssd_scan as cpu
-from ssm_kernels.cpu.library import fp32_empty, sequences_of
+from ssm_kernels.cpu.library import empty_state, sequences_of, unit_stride
 from ssm_kernels.validation import (
     check_dims,
+    check_recurrent_dtype,
     check_shape,
     check_slots,
     check_states,
@@ -59,13 +60,15 @@ def ssd_scan(
         dt_bias: [H] fp32, added to dt.
         dt_softplus: apply softplus to dt + dt_bias.
         dt_limit: (low, high) to which the step size is clamped at last.
-        initial_state: [S, H, P, N] fp32, one a sequence (S = B unless packed); zeros if omitted; never modified. With
-            `state_indices` a pool [slots, H, P, N].
+        initial_state: [S, H, P, N] fp32 or bf16, one a sequence (S = B unless packed); zeros if omitted; never
+            modified. With `state_indices` a pool [slots, H, P, N]. Between the tokens the state is fp32: a call rounds
+            once, to nearest even, at its end. The gradient has the same dtype.
         cu_seqlens: [S + 1] int32 or int64, rising from 0 to L: B is 1 and S sequences lie packed along L, each with
             its own state. An empty sequence keeps its state.
         state_indices: [S] int32 or int64, distinct. Sequence s reads slot state_indices[s] of the pool and its final
             state is written there in place; not differentiable.
-        return_final_state: also return the state after the last token: [S, H, P, N] fp32, or the pool.
+        return_final_state: also return the state after the last token: [S, H, P, N] in the dtype of `initial_state`
+            (fp32 if omitted), or the pool.
 
     Returns:
         out [B, L, H, P] in the dtype of x, or (out, final state).
@@ -117,7 +120,8 @@ def ssd_state_update(
     """Advance the state by one token, in place: `ssd_scan` with L = 1. Inference only.
 
     Args:
-        state: [B, H, P, N] fp32, or with `state_indices` a pool [slots, H, P, N]; updated in place; unit last stride.
+        state: [B, H, P, N] fp32 or bf16, or with `state_indices` a pool [slots, H, P, N]; updated in place, bf16
+            rounded to nearest even; unit last stride.
         x: [B, H, P].
         dt: [B, H].
         A: [H] fp32, already -exp(A_log).
@@ -163,8 +167,8 @@ class _SsdScan(torch.autograd.Function):
 def _forward(inputs, dt_softplus, dt_limit, starts, with_final) -> tuple[Tensor, Tensor | None]:
     *arguments, initial = inputs
     x, dt, B = inputs[0], inputs[1], inputs[3]
-    final = fp32_empty(sequences_of(dt, starts)[0], *x.shape[2:], B.shape[3]) if with_final else None
-    initial = cpu.unit_stride(initial)
+    final = empty_state(initial, sequences_of(dt, starts)[0], *x.shape[2:], B.shape[3]) if with_final else None
+    initial = unit_stride(initial)
     return cpu.forward(*arguments, dt_softplus, dt_limit, initial, final, starts), final
 
 
@@ -173,10 +177,6 @@ def _limit(x: Tensor, B: Tensor) -> str | None:
         if width > cpu.MAX_WIDTH:
             return f"{name} is {width}, the native kernel takes at most {cpu.MAX_WIDTH}"
     return None
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices) -> list[int] | None:
@@ -190,7 +190,8 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens,
     starts = sequence_starts(cu_seqlens, batch, length)
     sequences = batch if starts is None else len(starts) - 1
     shape = (sequences, heads, width, B.shape[3])
-    check_states("initial_state", initial_state, shape, _state_dtype(x), state_indices)
+    check_states("initial_state", initial_state, shape, state_indices)
+    check_recurrent_dtype("initial_state", initial_state, x)
     return starts
 
 
@@ -204,7 +205,8 @@ def _check_step(state, x, dt, A, B, C, D, dt_bias, dt_limit, state_indices) -> N
     check_shape("C", C, (batch, *B.shape[1:]))
     if state is None:
         raise ValueError("state: expected a tensor, found None")
-    check_states("state", state, (batch, heads, width, B.shape[2]), _state_dtype(x), state_indices)
+    check_states("state", state, (batch, heads, width, B.shape[2]), state_indices)
+    check_recurrent_dtype("state", state, x)
 
 
 def _check_heads(heads, A, B, D, dt_bias, dt_limit) -> None:

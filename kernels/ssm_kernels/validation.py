@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
+_RECURRENT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
@@ -45,9 +46,7 @@ def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[
     return starts
 
 
-def check_states(
-    name: str, state: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, state_indices: Tensor | None
-) -> None:
+def check_states(name: str, state: Tensor | None, shape: tuple[int, ...], state_indices: Tensor | None) -> None:
     """Check a state [sequences, ...], or with `state_indices` a pool [slots, ...]. Backends check bounds."""
     if state_indices is not None:
         if state is None:
@@ -62,7 +61,14 @@ def check_states(
             raise ValueError(f"{name}: expected a pool [slots, {slot}], found {tuple(state.shape)}")
     else:
         check_shape(name, state, shape)
-    check_dtype(name, state, dtype)
+
+
+def check_recurrent_dtype(name: str, state: Tensor | None, x: Tensor) -> None:
+    """Check the dtype of what a recurrence over x carries from token to token."""
+    if x.dtype is torch.float64:
+        check_dtype(name, state, torch.float64)
+    elif state is not None and state.dtype not in _RECURRENT_DTYPES:
+        raise ValueError(f"{name}: expected fp32 or bf16 (fp64 in the reference, like x), found {state.dtype}")
 
 
 def check_slots(state_indices: Tensor | None, pool: Tensor | None) -> None:

@@ -43,7 +43,7 @@ void naive(const Inputs& in, const Batch& batch, const Shape& shape, Values& out
 }
 
 StateView state_of(const Numbers& numbers, int64_t channels, bool given = true) {
-  return given ? StateView{numbers.floats(), channels * numbers.stride(), numbers.stride()} : StateView{};
+  return given ? StateView{numbers.data(), channels * numbers.stride(), numbers.stride()} : StateView{};
 }
 
 // The arguments of one call, and what they point to.
@@ -60,7 +60,7 @@ struct Case {
         a(Numbers::random(shape.channels, shape.states, false, 0, -1.5, -0.1)),
         d(Numbers::random(1, shape.channels, false)),
         dt_bias(Numbers::random(1, shape.channels, false, 0, 0.0, 0.3)),
-        states(batch, shape.channels, shape.states, false),
+        states(batch, shape.channels, shape.states, dtype()),
         with_d(drive::coin()),
         with_z(drive::coin()),
         with_bias(drive::coin()) {
@@ -98,11 +98,12 @@ struct Case {
     args.initial = state_of(states.initial(), shape.channels, states.has_initial);
     args.final = state_of(states.final(), shape.channels, states.has_final);
     args.slots = states.slots();
+    args.state_is_bf16 = states.is_bf16();
     drive::expect(CALL(selective_scan_forward, args) == 0, "returned a code");
     Values expected, final;
     naive(in, batch, shape, expected, final);
     drive::expect_close("out", out, expected, tolerance());
-    states.expect_after(final, 1e-4);
+    states.expect_after(final, drive::tolerance(states.is_bf16()));
     if (!states.in_pool) return;
     const Values pool = states.final().values();
     states.leave_the_pool();
@@ -119,6 +120,7 @@ struct Case {
     args.slots = {};
     args.initial = state_of(initial, shape.channels, with_initial);
     args.final = {};
+    args.state_is_bf16 = initial.is_bf16();
     args.chunk_states = chunk_states.floats();
     drive::expect(CALL(selective_scan_forward, args) == 0, "returned a code");
     in.initial = with_initial ? initial.values() : Values(batch.count() * shape.channels * shape.states);
@@ -127,13 +129,14 @@ struct Case {
     drive::expect_close("out in training", out, expected, tolerance());
     args.out = {};
     args.initial = {};
+    args.state_is_bf16 = 0;
   }
 
   void backward() {
     const bool with_initial = drive::coin(), with_final = drive::coin();
     const int64_t channels = shape.channels, n = shape.states, state_rows = batch.count() * channels;
     const int64_t threads = args.threads, tokens = batch.tokens();
-    const Numbers initial = Numbers::random(state_rows, n, false, drive::pick(0, 3));
+    const Numbers initial = Numbers::random(state_rows, n, dtype(), drive::pick(0, 3));
     const Numbers chunk_states(first_chunks(args.sequences).back() * blocks_of(channels), n * kLanes, false);
     save_states(initial, with_initial, chunk_states);
     const Numbers out_grad = random(channels), final_grad = Numbers::random(state_rows, n, false, drive::pick(0, 3));

@@ -50,7 +50,7 @@ void naive(const Inputs& in, const Batch& batch, const Shape& shape, Values& out
 
 HeadStates state_of(const Numbers& numbers, const Shape& shape, bool given = true) {
   const int64_t head_stride = shape.head_width * numbers.stride();
-  return given ? HeadStates{numbers.floats(), shape.heads * head_stride, head_stride, numbers.stride()} : HeadStates{};
+  return given ? HeadStates{numbers.data(), shape.heads * head_stride, head_stride, numbers.stride()} : HeadStates{};
 }
 
 // The arguments of one call, and what they point to.
@@ -66,7 +66,7 @@ struct Case {
         a(decay_rates()),
         d(Numbers::random(1, shape.heads, false)),
         dt_bias(Numbers::random(1, shape.heads, false, 0, 0.0, 0.3)),
-        states(batch, shape.heads * shape.head_width, shape.states, false),
+        states(batch, shape.heads * shape.head_width, shape.states, dtype()),
         with_d(drive::coin()),
         with_bias(drive::coin()) {
     args.x = drive::rows(x, batch);
@@ -114,11 +114,12 @@ struct Case {
     args.initial = state_of(states.initial(), shape, states.has_initial);
     args.final = state_of(states.final(), shape, states.has_final);
     args.slots = states.slots();
+    args.state_is_bf16 = states.is_bf16();
     drive::expect(CALL(ssd_scan_forward, args) == 0, "returned a code");
     Values expected, final;
     naive(in, batch, shape, expected, final);
     drive::expect_close("out", out, expected, tolerance());
-    states.expect_after(final, 1e-4);
+    states.expect_after(final, drive::tolerance(states.is_bf16()));
     if (!states.in_pool) return;
     const Values pool = states.final().values();
     states.leave_the_pool();
@@ -146,6 +147,7 @@ struct Case {
     grads.forward.initial = state_of(initial, shape, with_initial);
     grads.forward.final = state_of(final_grad, shape, with_final);
     grads.forward.slots = {};
+    grads.forward.state_is_bf16 = 0;
     grads.x = drive::rows(x_grad, batch);
     grads.dt = drive::rows(dt_grad, batch);
     grads.a = a_grad.floats();

@@ -64,6 +64,7 @@ class States {
 
   const Numbers& initial() const { return initial_; }
   const Numbers& final() const { return in_pool ? initial_ : final_; }
+  bool is_bf16() const { return initial_.is_bf16(); }
   Slots slots() const {
     if (!in_pool) return {};
     return {is_int32_ ? static_cast<const void*>(narrow_.get()) : wide_.get(), is_int32_, slots_};
@@ -93,7 +94,8 @@ class States {
   }
 
   std::string text() const {
-    return drive::text({{"initial", has_initial}, {"final", has_final}, {"pool", in_pool}, {"int32", is_int32_}});
+    return drive::text({{"initial", has_initial}, {"final", has_final}, {"pool", in_pool}, {"int32", is_int32_},
+                        {"bf16 states", is_bf16()}});
   }
 
   const bool in_pool, has_initial, has_final;

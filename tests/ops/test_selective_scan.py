@@ -23,7 +23,9 @@ def native():
         yield
 
 
-def make_inputs(batch, length, channels, states, dtype=torch.float32, sequences=None, omit=()):
+def make_inputs(
+    batch, length, channels, states, dtype=torch.float32, sequences=None, omit=(), state_dtype=torch.float32
+):
     """Inputs as a mixer passes them: x and z are halves of one projection, B and C slices of another."""
     x, z = torch.randn(batch, length, 2 * channels).to(dtype).split(channels, dim=-1)
     packed = torch.randn(batch, length, 3 + 2 * states).to(dtype)
@@ -36,7 +38,7 @@ def make_inputs(batch, length, channels, states, dtype=torch.float32, sequences=
         "D": torch.randn(channels),
         "z": z,
         "dt_bias": 0.5 * torch.randn(channels),
-        "initial_state": torch.randn(sequences or batch, channels, states),
+        "initial_state": torch.randn(sequences or batch, channels, states).to(state_dtype),
     }
     return {name: None if name in omit else tensor for name, tensor in inputs.items()}
 
@@ -48,6 +50,8 @@ def compare_with_reference(inputs, **options):
     sequences = options["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in options else inputs["x"].shape[0]
     # The upstream gradient is a value of the op's dtype, so that both backends receive the same one.
     upstream = [torch.randn(inputs["x"].shape).to(inputs["x"].dtype), torch.randn(sequences, *states)]
+    if inputs["initial_state"] is not None:
+        upstream[1] = upstream[1].to(inputs["initial_state"].dtype)
     found = outputs_and_gradients(partial(selective_scan, **options), inputs, upstream)
     expected = outputs_and_gradients(
         partial(reference.selective_scan, **options), inputs, upstream, dtype=torch.float64
@@ -135,10 +139,36 @@ def test_two_threads_give_the_result_of_one(states):
 STARTS = [0, 5, 5, 70, 71, 199]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_matches_reference(dtype):
-    inputs = make_inputs(1, STARTS[-1], 40, 16, dtype, sequences=len(STARTS) - 1)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_packed_matches_reference(dtype, state_dtype):
+    inputs = make_inputs(1, STARTS[-1], 40, 16, dtype, sequences=len(STARTS) - 1, state_dtype=state_dtype)
     compare_with_reference(inputs, cu_seqlens=torch.tensor(STARTS, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("states", [3, 16, 24])
+def test_bf16_states_are_rounded_once(states, backend):
+    starts = torch.tensor([0, 3, 3, 70])
+    inputs = make_inputs(1, 70, 40, states, torch.bfloat16, sequences=3, state_dtype=torch.bfloat16)
+    options = {"dt_softplus": True, "cu_seqlens": starts, "return_final_state": True}
+    with ssm_kernels.use_backend(backend):
+        out, final = selective_scan(**inputs, **options)
+        expected, exact = selective_scan(**{**inputs, "initial_state": inputs["initial_state"].float()}, **options)
+    assert torch.equal(out, expected)
+    assert final.dtype is torch.bfloat16 and torch.equal(final, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_empty_sequence_keeps_every_bit_of_its_slot(backend):
+    inputs = make_inputs(1, 0, 40, 16, omit=("initial_state",))
+    pool = torch.full((1, 40, 16), 1e-40).to(torch.bfloat16)  # below the smallest normal number
+    options = {"cu_seqlens": torch.tensor([0, 0]), "state_indices": torch.tensor([0])}
+    with ssm_kernels.use_backend(backend):
+        selective_scan(**{**inputs, "initial_state": pool}, **options)
+    assert (pool.view(torch.int16) == 1).all()
 
 
 def test_packed_equals_each_sequence_alone():
@@ -163,10 +193,11 @@ def test_no_sequences():
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("packed", [False, True])
-def test_pool_slots(packed, index_dtype):
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_pool_slots(state_dtype, packed, index_dtype):
     slots = torch.tensor([5, 0, 3], dtype=index_dtype)
-    # A pool whose slots lie apart, as one layer of a cache of all layers does.
-    pool = torch.randn(7, 2, 40, 16)[:, 1]
+    # A pool whose slots lie apart, as some channels of one layer of a cache of all layers do.
+    pool = torch.randn(7, 2, 60, 16).to(state_dtype)[:, 1, 10:50]
     before = pool.clone()
     batch, length = (1, 90) if packed else (3, 30)
     options = {"cu_seqlens": torch.tensor([0, 64, 64, 90])} if packed else {}
@@ -227,12 +258,13 @@ def test_prefill_in_pieces_equals_one():
 @pytest.mark.parametrize("states", [1, 16, 32])
 @pytest.mark.parametrize("omitted", [(), ("D", "z", "dt_bias")])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_step_matches_reference(dtype, states, omitted, pooled):
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_step_matches_reference(dtype, states, omitted, pooled, state_dtype):
     inputs = make_inputs(3, 1, 40, states, dtype, omit=("initial_state", *omitted))
     step = {name: tensor if tensor is None or tensor.dim() < 3 else tensor[:, 0] for name, tensor in inputs.items()}
     step.pop("initial_state")
     indices = torch.tensor([4, 1, 2]) if pooled else None
-    state = torch.randn(5 if pooled else 3, 40, states)
+    state = torch.randn(5 if pooled else 3, 40, states).to(state_dtype)
     expected_state = state.double()
     expected = reference.selective_state_update(
         expected_state,
@@ -291,7 +323,14 @@ def test_nan_and_infinity_reach_the_output():
         ({"z": torch.zeros(2, 9, 9)}, r"z: expected shape \(2, 9, 8\)"),
         ({"dt_bias": torch.zeros(8, 1)}, r"dt_bias: expected shape \(8,\), found \(8, 1\)"),
         ({"initial_state": torch.zeros(3, 8, 16)}, r"initial_state: expected shape \(2, 8, 16\), found \(3, 8, 16\)"),
-        ({"initial_state": torch.zeros(2, 8, 16).bfloat16()}, r"initial_state: expected torch.float32, found torch.bf"),
+        (
+            {"initial_state": torch.zeros(2, 8, 16).half()},
+            r"initial_state: expected fp32 or bf16 \(.*found torch.float16",
+        ),
+        (
+            {"initial_state": torch.zeros(2, 8, 16).double()},
+            r"expected fp32 or bf16 \(fp64 in the ref.*found torch.float64",
+        ),
         ({"cu_seqlens": torch.tensor([0, 9])}, "x: expected batch 1 with cu_seqlens .* found 2"),
         ({"initial_state": None, "state_indices": torch.tensor([0, 1])}, "state_indices: expected initial_state to be"),
         ({"state_indices": torch.tensor([0, 2])}, r"state_indices: expected slots in \[0, 2\), found 0 to 2"),

@@ -25,7 +25,18 @@ def native():
         yield
 
 
-def make_inputs(batch, length, heads, width, groups, states, dtype=torch.float32, sequences=None, omit=()):
+def make_inputs(
+    batch,
+    length,
+    heads,
+    width,
+    groups,
+    states,
+    dtype=torch.float32,
+    sequences=None,
+    omit=(),
+    state_dtype=torch.float32,
+):
     """Inputs as a mixer passes them: x, B and C are slices of one convolution's output, dt of a projection.
 
     Their mean is not 0, so that the gradient of A, which sums over tokens and channels, does not sum to nearly nothing.
@@ -40,7 +51,7 @@ def make_inputs(batch, length, heads, width, groups, states, dtype=torch.float32
         "C": C.unflatten(-1, (groups, states)),
         "D": torch.randn(heads),
         "dt_bias": 0.5 * torch.randn(heads),
-        "initial_state": torch.randn(sequences or batch, heads, width, states),
+        "initial_state": torch.randn(sequences or batch, heads, width, states).to(state_dtype),
     }
     return {name: None if name in omit else tensor for name, tensor in inputs.items()}
 
@@ -52,6 +63,8 @@ def compare_with_reference(inputs, **options):
     sequences = options["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in options else x.shape[0]
     # The upstream gradient is a value of the op's dtype, so that both backends receive the same one.
     upstream = [(torch.randn(x.shape) + 0.5).to(x.dtype), torch.randn(sequences, *x.shape[2:], states)]
+    if inputs["initial_state"] is not None:
+        upstream[1] = upstream[1].to(inputs["initial_state"].dtype)
     found = outputs_and_gradients(partial(ssd_scan, **options), inputs, upstream)
     expected = outputs_and_gradients(partial(reference.ssd_scan, **options), inputs, upstream, dtype=torch.float64)
     assert found["out"].dtype == x.dtype
@@ -250,10 +263,36 @@ def test_two_threads_give_the_result_of_one(states):
 STARTS = [0, 5, 5, 38, 39, 99]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_matches_reference(dtype):
-    inputs = make_inputs(1, STARTS[-1], 4, 24, 2, 16, dtype, sequences=len(STARTS) - 1)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_packed_matches_reference(dtype, state_dtype):
+    inputs = make_inputs(1, STARTS[-1], 4, 24, 2, 16, dtype, sequences=len(STARTS) - 1, state_dtype=state_dtype)
     compare_with_reference(inputs, cu_seqlens=torch.tensor(STARTS, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("width", "states"), [(24, 16), (16, 20), (5, 3)])
+def test_bf16_states_are_rounded_once(width, states, backend):
+    starts = torch.tensor([0, 3, 3, 40])
+    inputs = make_inputs(1, 40, 4, width, 2, states, torch.bfloat16, sequences=3, state_dtype=torch.bfloat16)
+    options = {"dt_softplus": True, "cu_seqlens": starts, "return_final_state": True}
+    with ssm_kernels.use_backend(backend):
+        out, final = ssd_scan(**inputs, **options)
+        expected, exact = ssd_scan(**{**inputs, "initial_state": inputs["initial_state"].float()}, **options)
+    assert torch.equal(out, expected)
+    assert final.dtype is torch.bfloat16 and torch.equal(final, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_empty_sequence_keeps_every_bit_of_its_slot(backend):
+    inputs = make_inputs(1, 0, 4, 24, 2, 16)
+    pool = torch.full((1, 4, 24, 16), 1e-40).to(torch.bfloat16)  # below the smallest normal number
+    options = {"cu_seqlens": torch.tensor([0, 0]), "state_indices": torch.tensor([0])}
+    with ssm_kernels.use_backend(backend):
+        ssd_scan(**{**inputs, "initial_state": pool}, **options)
+    assert (pool.view(torch.int16) == 1).all()
 
 
 def test_packed_equals_each_sequence_alone():
@@ -279,10 +318,11 @@ def test_no_sequences_and_no_tokens():
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("batch_and_length", ["packed", (3, 30), (3, 1)])
-def test_pool_slots(batch_and_length, index_dtype):
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_pool_slots(state_dtype, batch_and_length, index_dtype):
     slots = torch.tensor([5, 0, 3], dtype=index_dtype)
-    # A pool whose slots lie apart, as one layer of a cache of all layers does.
-    pool = torch.randn(7, 2, 4, 24, 16)[:, 1]
+    # A pool whose slots lie apart, as some heads of one layer of a cache of all layers do.
+    pool = torch.randn(7, 2, 6, 24, 16).to(state_dtype)[:, 1, 1:5]
     before = pool.clone()
     packed = batch_and_length == "packed"
     batch, length = (1, 50) if packed else batch_and_length
@@ -342,7 +382,8 @@ def test_prefill_in_pieces_equals_one():
 @pytest.mark.parametrize("states", [1, 16, 20, 128])
 @pytest.mark.parametrize("omitted", [(), ("D", "dt_bias")])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_step_matches_reference(dtype, width, states, omitted, pooled):
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_step_matches_reference(dtype, width, states, omitted, pooled, state_dtype):
     inputs = make_inputs(3, 1, 4, width, 2, states, dtype, omit=("initial_state", *omitted))
     step = {**inputs, **{name: inputs[name][:, 0] for name in TIMED}}
     step.pop("initial_state")
@@ -351,7 +392,7 @@ def test_step_matches_reference(dtype, width, states, omitted, pooled):
         "dt_limit": (0.1, 0.7),
         "state_indices": torch.tensor([4, 1, 2]) if pooled else None,
     }
-    state = torch.randn(5 if pooled else 3, 4, width, states)
+    state = torch.randn(5 if pooled else 3, 4, width, states).to(state_dtype)
     expected_state, before = state.double(), state.clone()
     exact = {name: None if tensor is None else tensor.double() for name, tensor in step.items()}
     expected = reference.ssd_state_update(expected_state, **exact, **options)
@@ -400,8 +441,12 @@ def test_width_beyond_the_native_kernel():
             r"initial_state: expected shape \(2, 4, 8, 16\), found \(2, 4, 16",
         ),
         (
-            {"initial_state": torch.zeros(2, 4, 8, 16).bfloat16()},
-            r"initial_state: expected torch.float32, found torch.bf",
+            {"initial_state": torch.zeros(2, 4, 8, 16).half()},
+            r"initial_state: expected fp32 or bf16 \(fp64 in the reference, like x\), found torch.float16",
+        ),
+        (
+            {"initial_state": torch.zeros(2, 4, 8, 16).double()},
+            r"initial_state: expected fp32 or bf16 \(fp64 in the reference, like x\), found torch.float64",
         ),
         ({"cu_seqlens": torch.tensor([0, 9])}, "x: expected batch 1 with cu_seqlens .* found 2"),
         ({"initial_state": None, "state_indices": torch.tensor([0, 1])}, "state_indices: expected initial_state to be"),

@@ -83,6 +83,30 @@ def test_a_state_goes_on():
     assert found == [1, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, 4])
+def test_a_recurrent_state_goes_on_in_its_dtype(heads, dtype):
+    x, B = torch.randn(2, 64).to(torch.bfloat16), torch.randn(2, 16).to(torch.bfloat16)
+    A, state = -torch.rand(64, 16), torch.randn(2, 64, 16).to(dtype)
+
+    def step(x, state=state):
+        if heads is None:
+            return ssm_kernels.selective_state_update(state, x, x, A, B, B, dt_softplus=True)
+        of_heads = (tensor.unflatten(1, (heads, -1)) for tensor in (state, x))
+        return ssm_kernels.ssd_state_update(
+            *of_heads, x[:, :heads], A[:heads, 0], B[:, None], B[:, None], dt_softplus=True
+        )
+
+    tape, result = _recorded(step, x)
+    expected_state = state.clone()
+    for _ in range(3):
+        x.copy_(torch.randn(2, 64))
+        tape.play()
+        with torch.inference_mode():
+            assert torch.equal(result, step(x, expected_state))
+        assert torch.equal(state, expected_state)
+
+
 @pytest.mark.parametrize(
     ("step", "reason"),
     [

@@ -99,7 +99,7 @@ def every_op(dtype):
         ),
         "selective_scan": with_gradients(selective_scan, scan, scan_states[:1], return_final_state=True),
         "selective_scan stateless": with_gradients(selective_scan, scan),
-        "selective_scan packed": with_gradients(selective_scan, scan, scan_states[:3], **packed),
+        "selective_scan packed": with_gradients(selective_scan, scan, scan_states[:3].to(torch.bfloat16), **packed),
         "selective_scan pool": partial(
             in_place, selective_scan, "initial_state", scan_states, **scan, cu_seqlens=starts, state_indices=slots
         ),
@@ -109,7 +109,7 @@ def every_op(dtype):
         "selective_state_update all": partial(in_place, selective_state_update, "state", scan_states[:3], **token),
         "ssd_scan": with_gradients(ssd_scan, ssd, ssd_states[:1], return_final_state=True),
         "ssd_scan stateless": with_gradients(ssd_scan, ssd),
-        "ssd_scan packed": with_gradients(ssd_scan, ssd, ssd_states[:3], **packed),
+        "ssd_scan packed": with_gradients(ssd_scan, ssd, ssd_states[:3].to(torch.bfloat16), **packed),
         "ssd_scan pool": partial(
             in_place, ssd_scan, "initial_state", ssd_states, **ssd, cu_seqlens=starts, state_indices=slots
         ),

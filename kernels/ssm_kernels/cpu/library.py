@@ -142,6 +142,20 @@ def unit_stride(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def empty_state(initial: Tensor | None, *shape: int) -> Tensor:
+    """Room for final states, in the dtype of the initial ones; fp32 where there are none."""
+    return fp32_empty(shape) if initial is None else initial.new_empty(shape)
+
+
+def fp32_state(tensor: Tensor | None) -> Tensor | None:
+    """A state as the backward kernels take it: fp32, with unit stride in its last dimension."""
+    return None if tensor is None else unit_stride(tensor.to(torch.float32))
+
+
+def is_bf16(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype is torch.bfloat16
+
+
 def parameter(tensor: Tensor | None) -> Tensor | None:
     """A small parameter as contiguous fp32, which it normally is already."""
     if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):

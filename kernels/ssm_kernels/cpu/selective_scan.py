@@ -10,20 +10,21 @@ from torch import Tensor
 from ssm_kernels.cpu import library
 from ssm_kernels.cpu.library import (
     fp32_empty,
+    fp32_state,
+    is_bf16,
     parameter,
     pointer,
     raise_for_code,
     rows,
     sequences_of,
     state_view,
-    unit_stride,
 )
 
 CHUNK = 64  # kChunk in csrc/selective_scan.h
 BLOCK = 16  # kLanes in csrc/vector.h
 MAX_STATES = 256  # kMaxStates
 
-_pack = struct.Struct("=44q").pack  # struct ScanArguments
+_pack = struct.Struct("=45q").pack  # struct ScanArguments
 _pack_gradients = struct.Struct("=27q").pack  # the rest of struct ScanGradients
 
 
@@ -45,7 +46,8 @@ def forward(
 ) -> Tensor:
     """Run the scan and return `out`; `final` is written. x is [B, L, I], or [B, I] for one step.
 
-    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
+    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool. They are fp32
+    or bf16, one dtype for both.
     """
     out = x.new_empty(x.shape)
     A, D, dt_bias = parameter(A), parameter(D), parameter(dt_bias)
@@ -82,6 +84,7 @@ def _arguments(
         A.shape[1],
         dt_softplus,
         torch.get_num_threads(),
+        is_bf16(initial if final is None else final),
         pointer(chunk_states),
     )
     return block, kept
@@ -108,7 +111,7 @@ def backward(
     x, dt, A, B, C, D, z, dt_bias, initial, starts, chunk_states = saved
     A32, D32, bias32 = parameter(A), parameter(D), parameter(dt_bias)
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
-    final_grad = unit_stride(final_grad)
+    final_grad = fp32_state(final_grad)
     block, kept = _arguments(
         x, dt, A32, B, C, D32, z, bias32, dt_softplus, None, None, starts, None, chunk_states, None
     )

@@ -10,18 +10,19 @@ from torch import Tensor
 from ssm_kernels.cpu import library
 from ssm_kernels.cpu.library import (
     fp32_empty,
+    fp32_state,
+    is_bf16,
     parameter,
     pointer,
     raise_for_code,
     rows,
     sequences_of,
-    unit_stride,
 )
 
 BLOCK = 16  # kLanes in csrc/vector.h
 MAX_WIDTH = 256  # kMaxWidth in csrc/ssd_scan.h
 
-_pack = struct.Struct("=43q2d").pack  # struct Arguments
+_pack = struct.Struct("=44q2d").pack  # struct Arguments
 _pack_gradients = struct.Struct("=17q").pack  # the rest of struct Gradients
 
 
@@ -42,7 +43,8 @@ def forward(
 ) -> Tensor:
     """Run the scan and return `out`; `final` is written. x is [B, L, H, P], or [B, H, P] for one step.
 
-    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
+    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool. They are fp32
+    or bf16, one dtype for both.
     """
     out = x.new_empty(x.shape)
     A, D, dt_bias = parameter(A), parameter(D), parameter(dt_bias)
@@ -82,6 +84,7 @@ def _arguments(
         states,
         dt_softplus,
         torch.get_num_threads(),
+        is_bf16(initial if final is None else final),
         *dt_limit,
     )
     return block, kept
@@ -102,7 +105,7 @@ def backward(
     x, dt, A, B, C, D, dt_bias, initial, starts = saved
     A32, D32, bias32 = parameter(A), parameter(D), parameter(dt_bias)
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
-    initial, final_grad = unit_stride(initial), unit_stride(final_grad)
+    initial, final_grad = fp32_state(initial), fp32_state(final_grad)
     block, kept = _arguments(
         x, dt, A32, B, C, D32, bias32, dt_softplus, dt_limit, initial, final_grad, starts, None, out_grad
     )

@@ -91,6 +91,33 @@ inline void store_row(Element* row, int channels, const float* values) {
   std::memcpy(row + c, last, (channels - c) * sizeof(Element));
 }
 
+// Up to 16 rows of up to 16 numbers, turned: lane r of out[i] is number i of row r, and 0 where there is no such row.
+template <class Element>
+inline void load_turned(const Element* rows, int64_t stride, int count, int width, vfloat* out) {
+  if (kFastTranspose && width == kLanes) {
+    for (int r = 0; r < kLanes; ++r) out[r] = r < count ? load(rows + r * stride) : vfloat{};
+    return transpose(out);
+  }
+  float* numbers = reinterpret_cast<float*>(out);
+  for (int i = 0; i < width; ++i)
+    for (int r = 0; r < kLanes; ++r) numbers[i * kLanes + r] = r < count ? to_float(rows[r * stride + i]) : 0.0f;
+}
+
+// The way back. Overwrites `in`.
+template <class Element>
+inline void store_turned(vfloat* in, int count, int width, Element* rows, int64_t stride) {
+  if (kFastTranspose && width == kLanes) {
+    transpose(in);
+    for (int r = 0; r < count; ++r) store(rows + r * stride, in[r]);
+    return;
+  }
+  for (int i = 0; i < width; ++i) {
+    Element numbers[kLanes];
+    store(numbers, in[i]);
+    for (int r = 0; r < count; ++r) rows[r * stride + i] = numbers[r];
+  }
+}
+
 inline void load_row(const char* row, bool is_bf16, int channels, float* out) {
   if (is_bf16)
     load_row(reinterpret_cast<const uint16_t*>(row), channels, out);

@@ -101,13 +101,31 @@ void finish(const ScanArguments& args, int64_t row, int64_t token, int tokens, i
   store_tile(args.out, row, token, tokens, channel, channels, tile.y);
 }
 
-float* slot(const StateView& view, const Slots& slots, int64_t sequence, int64_t channel) {
-  return view.data + slots.of(sequence) * view.slot_stride + channel * view.channel_stride;
+// The state that a sequence starts from, for up to 16 channels; and that in which it ends.
+template <class Element>
+void load_state(const ScanArguments& args, int64_t slot, int64_t channel, int channels, vfloat* h) {
+  const StateView& view = args.initial;
+  const int states = static_cast<int>(args.states);
+  if (view.data)
+    load_lanes(view.at<const Element>(slot, channel), view.channel_stride, channels, states, 1.0f, h);
+  else
+    std::fill_n(h, states, vfloat{});
+}
+
+template <class Element>
+void store_state(const ScanArguments& args, int64_t slot, int64_t channel, int channels, const vfloat* h) {
+  const StateView& view = args.final;
+  if (view.data)
+    store_lanes(h, channels, static_cast<int>(args.states), view.at<Element>(slot, channel), view.channel_stride);
 }
 
 // The whole of one sequence for one group of channels.
 void scan_group(const ScanArguments& args, const StateRows& b, const StateRows& c, int64_t sequence, int64_t group,
                 int64_t first_chunk) {
+  const int64_t row = args.sequences.row(sequence), first = args.sequences.first(sequence);
+  const int64_t length = args.sequences.length(sequence), slot = args.slots.of(sequence);
+  // An empty sequence keeps every bit of its slot, also of numbers that rounding to bf16 makes zeros of.
+  if (!length && args.initial.data && args.initial.data == args.final.data) return;
   Tile tile;
   constexpr int kBlocks = kGroup / kLanes;
   const int states = static_cast<int>(args.states), blocks = blocks_of_group(group, args.channels);
@@ -116,14 +134,9 @@ void scan_group(const ScanArguments& args, const StateRows& b, const StateRows& 
     const int64_t channel = group * kGroup + k * kLanes;
     const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
     load_lanes(args.a + channel * states, states, channels, states, kLog2E, a[k]);
-    if (args.initial.data)
-      load_lanes(slot(args.initial, args.slots, sequence, channel), args.initial.channel_stride, channels, states,
-                 1.0f, h[k]);
-    else
-      std::fill_n(h[k], states, vfloat{});
+    (args.state_is_bf16 ? load_state<uint16_t> : load_state<float>)(args, slot, channel, channels, h[k]);
   }
-  const int64_t row = args.sequences.row(sequence), first = args.sequences.first(sequence);
-  const int64_t length = args.sequences.length(sequence), all_blocks = blocks_of(args.channels);
+  const int64_t all_blocks = blocks_of(args.channels);
   for (int64_t t = 0; t < length; t += kTile) {
     const int tokens = static_cast<int>(std::min<int64_t>(kTile, length - t));
     if (args.chunk_states && t % kChunk == 0)
@@ -141,26 +154,27 @@ void scan_group(const ScanArguments& args, const StateRows& b, const StateRows& 
                      c.at(row, first + t), c.stride(), a[k], h[k], tile.y + k * kLanes);
     finish(args, row, first + t, tokens, group, tile);
   }
-  for (int k = 0; args.final.data && k < blocks; ++k) {
+  for (int k = 0; k < blocks; ++k) {
     const int64_t channel = group * kGroup + k * kLanes;
     const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
-    store_lanes(h[k], channels, states, slot(args.final, args.slots, sequence, channel), args.final.channel_stride);
+    (args.state_is_bf16 ? store_state<uint16_t> : store_state<float>)(args, slot, channel, channels, h[k]);
   }
 }
 
 // One token. Turning the state into lanes of channels and back would cost more than the step, so here the lanes are 16
 // states of one channel, as they lie in memory; N is a multiple of 16.
+template <class Element>
 void step_group(const ScanArguments& args, const StateRows& b, const StateRows& c, int64_t sequence, int64_t group) {
   Tile tile;
   const int64_t row = args.sequences.row(sequence), token = args.sequences.first(sequence);
-  const int64_t states = args.states;
+  const int64_t states = args.states, slot = args.slots.of(sequence);
   prepare(args, row, token, 1, group, tile);
   const float *b_row = b.at(row, token), *c_row = c.at(row, token);
   for (int k = 0; k < blocks_of_group(group, args.channels); ++k) {
     const int64_t channel = group * kGroup + k * kLanes;
     const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
-    const float* from = args.initial.data ? slot(args.initial, args.slots, sequence, channel) : nullptr;
-    float* to = args.final.data ? slot(args.final, args.slots, sequence, channel) : nullptr;
+    const Element* from = args.initial.data ? args.initial.at<const Element>(slot, channel) : nullptr;
+    Element* to = args.final.data ? args.final.at<Element>(slot, channel) : nullptr;
     vfloat products[kLanes] = {};
     for (int i = 0; i < channels; ++i) {
       const float* a = args.a + (channel + i) * states;
@@ -189,10 +203,11 @@ extern "C" int64_t selective_scan_forward(const void* packed) {
   const int64_t groups = groups_of(args.channels), items = args.sequences.count * groups;
   const bool one_step = !args.sequences.starts && args.sequences.padded_length == 1 && args.states % kLanes == 0 &&
                         !args.chunk_states;
+  const auto step = args.state_is_bf16 ? step_group<uint16_t> : step_group<float>;
   const auto run = [&](int64_t item) {
     const int64_t sequence = item / groups, group = item % groups;
     if (one_step)
-      step_group(args, b, c, sequence, group);
+      step(args, b, c, sequence, group);
     else
       scan_group(args, b, c, sequence, group, chunks[sequence]);
   };

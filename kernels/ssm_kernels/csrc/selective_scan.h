@@ -10,8 +10,13 @@ constexpr int kMaxStates = 256;
 constexpr int kChunk = 64;  // tokens between two saved states
 
 struct StateView {
-  float* data;  // null: zeros when read, dropped when written
-  int64_t slot_stride, channel_stride;
+  void* data;  // [slots, I, N]; null: zeros when read, dropped when written
+  int64_t slot_stride, channel_stride;  // in elements
+
+  template <class Element>
+  Element* at(int64_t slot, int64_t channel) const {
+    return static_cast<Element*>(data) + slot * slot_stride + channel * channel_stride;
+  }
 };
 
 // Packed by cpu/selective_scan.py: every field has 8 bytes. Order matters.
@@ -22,6 +27,7 @@ struct ScanArguments {
   Slots slots;
   Sequences sequences;
   int64_t channels, states, softplus, threads;
+  int64_t state_is_bf16;  // of `initial` and `final`, else fp32; the backward's states are fp32
   float* chunk_states;  // [chunks, blocks, N, 16] or null: the state before every 64th token of each sequence
 };
 
@@ -64,16 +70,24 @@ inline std::vector<int64_t> first_chunks(const Sequences& sequences) {
 }
 
 // [channel][state] in memory to lanes[state] of 16 channels, times `scale`; missing channels become 0.
-inline void load_lanes(const float* rows, int64_t stride, int channels, int states, float scale, vfloat* lanes) {
-  float* out = reinterpret_cast<float*>(lanes);
-  for (int n = 0; n < states; ++n)
-    for (int c = 0; c < kLanes; ++c) out[n * kLanes + c] = c < channels ? rows[c * stride + n] * scale : 0.0f;
+template <class Element>
+inline void load_lanes(const Element* rows, int64_t stride, int channels, int states, float scale, vfloat* lanes) {
+  for (int first = 0; first < states; first += kLanes) {
+    const int count = std::min(kLanes, states - first);
+    vfloat block[kLanes];
+    load_turned(rows + first, stride, channels, count, block);
+    for (int n = 0; n < count; ++n) lanes[first + n] = block[n] * scale;
+  }
 }
 
-inline void store_lanes(const vfloat* lanes, int channels, int states, float* rows, int64_t stride) {
-  const float* in = reinterpret_cast<const float*>(lanes);
-  for (int c = 0; c < channels; ++c)
-    for (int n = 0; n < states; ++n) rows[c * stride + n] = in[n * kLanes + c];
+template <class Element>
+inline void store_lanes(const vfloat* lanes, int channels, int states, Element* rows, int64_t stride) {
+  for (int first = 0; first < states; first += kLanes) {
+    const int count = std::min(kLanes, states - first);
+    vfloat block[kLanes];
+    std::copy_n(lanes + first, count, block);
+    store_turned(block, channels, count, rows + first, stride);
+  }
 }
 
 // 16 values of a per-channel parameter; an omitted one is 0.

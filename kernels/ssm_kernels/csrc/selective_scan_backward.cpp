@@ -177,8 +177,8 @@ class Range {
   void load_final(int64_t s) {
     for (Channels& k : channels_)
       if (grads_.final.data)
-        load_lanes(grads_.final.data + s * grads_.final.slot_stride + k.first * grads_.final.channel_stride,
-                   grads_.final.channel_stride, k.count, static_cast<int>(args_.states), 1.0f, k.carried.data());
+        load_lanes(grads_.final.at<const float>(s, k.first), grads_.final.channel_stride, k.count,
+                   static_cast<int>(args_.states), 1.0f, k.carried.data());
       else
         std::fill(k.carried.begin(), k.carried.end(), vfloat{});
   }
@@ -188,7 +188,7 @@ class Range {
     for (const Channels& k : channels_)
       if (initial.data)
         store_lanes(k.carried.data(), k.count, static_cast<int>(args_.states),
-                    initial.data + s * initial.slot_stride + k.first * initial.channel_stride, initial.channel_stride);
+                    initial.at<float>(s, k.first), initial.channel_stride);
   }
 
   void walk_chunk(int64_t s, int64_t chunk, int tokens) {

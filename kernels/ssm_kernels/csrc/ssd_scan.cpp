@@ -22,12 +22,15 @@ struct Workspace {
 };
 
 // The whole of one sequence for one head.
+template <class Element>
 void scan_head(const Arguments& args, int64_t sequence, int64_t head, Workspace& work) {
   const int64_t slot = args.slots.of(sequence), length = args.sequences.length(sequence);
+  // An empty sequence keeps every bit of its slot, also of numbers that rounding to bf16 makes zeros of.
+  if (!length && args.initial.data && args.initial.data == args.final.data) return;
   const int64_t channel = head * args.head_width, state = args.group_of(head) * args.states;
   const float d = args.d ? args.d[head] : 0.0f;
   Segments segments;
-  work.state.load_transposed(args, args.initial, slot, head);
+  work.state.load_transposed<Element>(args, args.initial, slot, head);
   for (int64_t t = 0; t < length; t += kTokens) {
     const int tokens = static_cast<int>(std::min<int64_t>(kTokens, length - t));
     const Span span = {args.sequences.row(sequence), args.sequences.first(sequence) + t, 1, tokens};
@@ -50,11 +53,12 @@ void scan_head(const Arguments& args, int64_t sequence, int64_t head, Workspace&
     }
     work.y.store(args.out, span, channel, args.head_width);
   }
-  work.state.store_transposed(args, args.final, slot, head, segments.scale_at_end());
+  work.state.store_transposed<Element>(args, args.final, slot, head, segments.scale_at_end());
 }
 
 // One token. Turning the state into rows of n and back would cost more than the step, so here the lanes are 16 states,
 // as they lie in memory; N is a multiple of 16.
+template <class Element>
 void step_head(const Arguments& args, int64_t sequence, int64_t head, Workspace& work) {
   const int64_t slot = args.slots.of(sequence), states = args.states;
   const int64_t channel = head * args.head_width, state = args.group_of(head) * states;
@@ -70,8 +74,8 @@ void step_head(const Arguments& args, int64_t sequence, int64_t head, Workspace&
     const int64_t rows = std::min<int64_t>(kLanes, args.head_width - first);
     vfloat products[kLanes] = {};
     for (int64_t p = 0; p < rows; ++p) {
-      const float* from = args.initial.data ? args.initial.row(slot, head, first + p) : nullptr;
-      float* to = args.final.data ? args.final.row(slot, head, first + p) : nullptr;
+      const Element* from = args.initial.data ? args.initial.row<const Element>(slot, head, first + p) : nullptr;
+      Element* to = args.final.data ? args.final.row<Element>(slot, head, first + p) : nullptr;
       const float u = work.steps.dt[0] * x[first + p];
       vfloat total = {};
       for (int64_t n = 0; n < states; n += kLanes) {
@@ -87,13 +91,20 @@ void step_head(const Arguments& args, int64_t sequence, int64_t head, Workspace&
   store_row(args.out.at(sequence, 0, channel), args.out.is_bf16, static_cast<int>(args.head_width), y);
 }
 
+using RunHead = void (*)(const Arguments&, int64_t, int64_t, Workspace&);
+
+template <class Element>
+RunHead choose_run(const Arguments& args) {
+  const bool one_step = !args.sequences.starts && args.sequences.padded_length == 1 && args.states % kLanes == 0;
+  return one_step ? step_head<Element> : scan_head<Element>;
+}
+
 }  // namespace
 
 extern "C" int64_t ssd_scan_forward(const void* packed) {
   const Arguments& args = *static_cast<const Arguments*>(packed);
   if (!args.slots.in_range(args.sequences.count)) return kSlotOutOfRange;
-  const bool one_step = !args.sequences.starts && args.sequences.padded_length == 1 && args.states % kLanes == 0;
-  const auto run = one_step ? step_head : scan_head;
+  const RunHead run = args.state_is_bf16 ? choose_run<uint16_t>(args) : choose_run<float>(args);
   const int64_t items = args.sequences.count * args.heads;
   const bool parallel = args.threads > 1 && args.state_updates() >= kParallelWork;
 #pragma omp parallel num_threads(parallel ? static_cast<int>(args.threads) : 1)

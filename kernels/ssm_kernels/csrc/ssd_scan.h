@@ -24,11 +24,12 @@ constexpr int kTileRows = 4;     // rows of S in registers
 constexpr int kTileVectors = 4;  // vectors of lanes in registers
 
 struct HeadStates {
-  float* data;  // [slots, H, P, N]; null: zeros when read, dropped when written
-  int64_t slot_stride, head_stride, row_stride;
+  void* data;  // [slots, H, P, N]; null: zeros when read, dropped when written
+  int64_t slot_stride, head_stride, row_stride;  // in elements
 
-  float* row(int64_t slot, int64_t head, int64_t p) const {
-    return data + slot * slot_stride + head * head_stride + p * row_stride;
+  template <class Element>
+  Element* row(int64_t slot, int64_t head, int64_t p) const {
+    return static_cast<Element*>(data) + slot * slot_stride + head * head_stride + p * row_stride;
   }
 };
 
@@ -36,10 +37,11 @@ struct HeadStates {
 struct Arguments {
   Rows x, dt, b, c, out;          // a token has [H P], [H], [G N], [G N], [H P]; backward: out is its gradient
   const float *a, *d, *dt_bias;   // [H]; the last two may be null
-  HeadStates initial, final;      // backward: final is its gradient
+  HeadStates initial, final;      // backward: final is its gradient, and both are fp32
   Slots slots;
   Sequences sequences;
   int64_t heads, head_width, groups, states, softplus, threads;
+  int64_t state_is_bf16;  // of `initial` and `final`, else fp32
   double dt_low, dt_high;
 
   int64_t group_of(int64_t head) const { return head / (heads / groups); }
@@ -218,31 +220,41 @@ struct State {
     std::fill_n(values, size(), 0.0f);
   }
 
-  // Rows are p, lanes are n, as in memory.
+  // Rows are p, lanes are n, as in memory, which is fp32.
   void load(const Arguments& args, const HeadStates& states, int64_t slot, int64_t head) {
     resize(args.head_width, args.states);
     for (int64_t p = 0; states.data && p < args.head_width; ++p)
-      load_row(states.row(slot, head, p), static_cast<int>(args.states), values + p * lanes);
+      load_row(states.row<const float>(slot, head, p), static_cast<int>(args.states), values + p * lanes);
   }
 
   void store(const Arguments& args, const HeadStates& states, int64_t slot, int64_t head, float scale) {
     for (int64_t p = 0; states.data && p < args.head_width; ++p) {
       float* row = values + p * lanes;
       for (int k = 0; k < lanes; k += kLanes) ::store(row + k, ::load(row + k) * scale);
-      store_row(states.row(slot, head, p), static_cast<int>(args.states), row);
+      store_row(states.row<float>(slot, head, p), static_cast<int>(args.states), row);
     }
   }
 
   // Rows are n, lanes are p.
+  template <class Element>
   void load_transposed(const Arguments& args, const HeadStates& states, int64_t slot, int64_t head) {
     resize(args.states, args.head_width);
-    for (int64_t p = 0; states.data && p < args.head_width; ++p)
-      for (int64_t n = 0; n < args.states; ++n) values[n * lanes + p] = states.row(slot, head, p)[n];
+    if (!states.data) return;
+    for_each_block(args, [&](int64_t p, int64_t n, int height, int width) {
+      vfloat block[kLanes];
+      load_turned(states.row<const Element>(slot, head, p) + n, states.row_stride, height, width, block);
+      for (int i = 0; i < width; ++i) ::store(values + (n + i) * lanes + p, block[i]);
+    });
   }
 
+  template <class Element>
   void store_transposed(const Arguments& args, const HeadStates& states, int64_t slot, int64_t head, float scale) {
-    for (int64_t p = 0; states.data && p < args.head_width; ++p)
-      for (int64_t n = 0; n < args.states; ++n) states.row(slot, head, p)[n] = values[n * lanes + p] * scale;
+    if (!states.data) return;
+    for_each_block(args, [&](int64_t p, int64_t n, int height, int width) {
+      vfloat block[kLanes];
+      for (int i = 0; i < width; ++i) block[i] = ::load(values + (n + i) * lanes + p) * scale;
+      store_turned(block, height, width, states.row<Element>(slot, head, p) + n, states.row_stride);
+    });
   }
 
   // Runs one chunk; out_t still lacks its 2^c.
@@ -256,6 +268,15 @@ struct State {
         tile(segments, u.values + lane, lanes, w.values + j, v.values + j, rows, values + j * lanes + lane,
              out.values + lane);
     }
+  }
+
+ private:
+  // Blocks of 16 rows p and 16 states n of a state in memory, fewer at the edges: run(p, n, rows, states).
+  template <class Run>
+  static void for_each_block(const Arguments& args, const Run& run) {
+    const auto left = [](int64_t all, int64_t first) { return static_cast<int>(std::min<int64_t>(kLanes, all - first)); };
+    for (int64_t p = 0; p < args.head_width; p += kLanes)
+      for (int64_t n = 0; n < args.states; n += kLanes) run(p, n, left(args.head_width, p), left(args.states, n));
   }
 };
 

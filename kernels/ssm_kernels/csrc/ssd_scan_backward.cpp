@@ -131,7 +131,7 @@ class HeadBackward {
     Segments segments;
     double a_grad = 0.0, d_grad = 0.0, dt_bias_grad = 0.0, later_decay = 0.0;
     by_rows_.load(args_, args_.final, sequence_, head_);
-    by_states_.load_transposed(args_, args_.final, sequence_, head_);
+    by_states_.load_transposed<float>(args_, args_.final, sequence_, head_);
     double s = dot(by_rows_.values, state_before(chunks()), by_rows_.size());
     for (int64_t chunk = chunks() - 1; chunk >= 0; --chunk) {
       load_chunk(chunk, true);

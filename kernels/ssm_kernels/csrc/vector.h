@@ -38,7 +38,12 @@ inline vfloat broadcast(float value) { return vfloat{} + value; }
 inline vfloat load(const uint16_t* p) {
   vbfloat16 narrow;
   std::memcpy(&narrow, p, sizeof narrow);
-  return (vfloat)(__builtin_convertvector(narrow, vuint) << 16);
+#if defined(__AVX512F__)  // GCC would widen halves and join them
+  const vuint wide = (vuint)_mm512_cvtepu16_epi32((__m256i)narrow);
+#else
+  const vuint wide = __builtin_convertvector(narrow, vuint);
+#endif
+  return (vfloat)(wide << 16);
 }
 
 // Rounds to nearest even, as torch does. A NaN keeps its sign and stays a NaN: the rounding could carry it into infinity.
@@ -139,27 +144,62 @@ inline vfloat softplus(vfloat v) {
   return at_least(v, 0.0f) + (twice_s + twice_s * w * p);
 }
 
+// Gives the lanes of `a` whose number has this bit for those of `b` whose number lacks it.
+template <int kBit>
+inline void exchange(vfloat& a, vfloat& b) {
+  const vfloat x = a, y = b;
+  if constexpr (kBit == 8) {
+    a = SHUFFLE(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    b = SHUFFLE(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  } else if constexpr (kBit == 4) {
+    a = SHUFFLE(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    b = SHUFFLE(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  } else if constexpr (kBit == 2) {
+    a = SHUFFLE(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    b = SHUFFLE(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  } else {
+    a = SHUFFLE(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    b = SHUFFLE(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+}
+
+template <int kBit>
+inline void sum_pairs(vfloat* rows) {
+  for (int i = 0; i < kBit; ++i) {
+    exchange<kBit>(rows[i], rows[i + kBit]);
+    rows[i] += rows[i + kBit];
+  }
+}
+
 // Lane i of the result is the sum of the lanes of rows[i]. Overwrites `rows`. Each step halves the number of vectors:
 // a pair is merged into one vector whose lanes hold partial sums of both.
 inline vfloat row_sums(vfloat* rows) {
-  for (int i = 0; i < 8; ++i) {
-    const vfloat a = rows[i], b = rows[i + 8];
-    rows[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-              SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const vfloat a = rows[i], b = rows[i + 4];
-    rows[i] = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-              SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const vfloat a = rows[i], b = rows[i + 2];
-    rows[i] = SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-              SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  return SHUFFLE(rows[0], rows[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         SHUFFLE(rows[0], rows[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  sum_pairs<8>(rows);
+  sum_pairs<4>(rows);
+  sum_pairs<2>(rows);
+  sum_pairs<1>(rows);
+  return rows[0];
 }
+
+template <int kBit>
+inline void exchange_pairs(vfloat* rows) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kBit)) exchange<kBit>(rows[i], rows[i + kBit]);
+}
+
+// Lane j of rows[i] becomes lane i of rows[j].
+inline void transpose(vfloat* rows) {
+  exchange_pairs<8>(rows);
+  exchange_pairs<4>(rows);
+  exchange_pairs<2>(rows);
+  exchange_pairs<1>(rows);
+}
+
+#if defined(__AVX512F__)
+constexpr bool kFastTranspose = true;
+#else
+constexpr bool kFastTranspose = false;  // GCC takes these shuffles apart, lane by lane
+#endif
 
 inline float sum(vfloat v) {
   float total = 0.0f;

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_kernels.reference.sequences import read_state, run_sequences
+from ssm_kernels.reference.sequences import read_state, run_sequences, write_state
 
 
 def causal_conv1d(
@@ -45,10 +45,7 @@ def causal_conv1d(
         y = y + bias.to(compute)
     if activation == "silu":
         y = F.silu(y)
-    state = state.to(dtype)
-    if state_indices is not None:
-        initial_state[state_indices.long()] = state
-        state = initial_state
+    state = write_state(state.to(dtype), initial_state, state_indices)
     return (y.to(dtype), state) if return_final_state else y.to(dtype)
 
 

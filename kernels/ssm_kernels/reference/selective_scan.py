@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_kernels.reference.sequences import read_state, run_sequences
+from ssm_kernels.reference.sequences import read_state, run_sequences, write_state
 
 
 def selective_scan(
@@ -53,9 +53,7 @@ def selective_scan(
         y = y + D.to(compute) * x
     if z is not None:
         y = y * F.silu(z.to(compute))
-    if state_indices is not None:
-        initial_state[state_indices.long()] = state
-        state = initial_state
+    state = write_state(state, initial_state, state_indices)
     return (y.to(dtype), state) if return_final_state else y.to(dtype)
 
 

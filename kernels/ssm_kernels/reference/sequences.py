@@ -17,6 +17,17 @@ def read_state(initial_state: Tensor | None, state_indices: Tensor | None, shape
     return state.to(like.dtype)
 
 
+def write_state(state: Tensor, initial_state: Tensor | None, state_indices: Tensor | None) -> Tensor:
+    """The final states in the dtype of the initial ones; with `state_indices` the pool, where they are written."""
+    if initial_state is None:
+        return state
+    state = state.to(initial_state.dtype)
+    if state_indices is None:
+        return state
+    initial_state[state_indices.long()] = state
+    return initial_state
+
+
 def run_sequences(
     run: Callable[..., tuple[Tensor, Tensor]], state: Tensor, cu_seqlens: Tensor | None, *inputs: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_kernels.reference.sequences import read_state, run_sequences
+from ssm_kernels.reference.sequences import read_state, run_sequences, write_state
 
 
 def ssd_scan(
@@ -54,9 +54,7 @@ def ssd_scan(
     y, state = run_sequences(scan, state, cu_seqlens, x, dt, B, C)
     if D is not None:
         y = y + D.to(compute)[:, None] * x
-    if state_indices is not None:
-        initial_state[state_indices.long()] = state
-        state = initial_state
+    state = write_state(state, initial_state, state_indices)
     return (y.to(dtype), state) if return_final_state else y.to(dtype)
 
 
