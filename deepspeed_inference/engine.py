@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +19,27 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import ssm_kernels
-from deepspeed_inference import policy
-from deepspeed_inference.config import DTYPES, InferenceConfig, check_dtype_of_weights, read_preset
+from deepspeed_inference import policy, saved_session
+from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.continuous_batch import ContinuousBatch
 from deepspeed_inference.generate import stream
+from deepspeed_inference.memory_figures import MemoryFigures
+from deepspeed_inference.opening import open_model, options_of
 from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
 from deepspeed_inference.prefill import Piece, Prefills
 from deepspeed_inference.prefix_cache import PrefixCache
-from deepspeed_inference.pretrained import empty_model, model_directory, read_config
 from deepspeed_inference.recorded_decode import RecordedDecode
 from deepspeed_inference.request import Request
 from deepspeed_inference.sampling import Sampling
+from deepspeed_inference.saved_session import ModelIdentity
 from deepspeed_inference.scoring import log_probabilities
 from deepspeed_inference.selection import Sequences
 from deepspeed_inference.spill import Disk, HostMemory, SecondTier
-from deepspeed_inference.state_memory import StateMemory
-from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
+from megatron_ssm.checkpoint import fingerprint
 from megatron_ssm.collectives import ParallelGroups, Reduction
-from megatron_ssm.families import Family, family_of
+from megatron_ssm.families import Family
 from megatron_ssm.overlap import Overlap
 
 
@@ -47,6 +47,8 @@ from megatron_ssm.overlap import Overlap
 def init_inference(
     model: str | Path | PreTrainedModel | None = None,
     config: InferenceConfig | dict | str | Path | None = None,
+    *,
+    announce: Callable[[MemoryFigures], None] | None = None,
     **keywords,
 ) -> SSMInferenceEngine:
     """Cut a model over the ranks that were launched and return the engine that runs it.
@@ -54,14 +56,17 @@ def init_inference(
     Args:
         model: a checkpoint directory, a hub id, or a Hugging Face model, whose modules are then replaced in place.
         config: an InferenceConfig, its options, or a YAML preset; `keywords` go over it.
+        announce: called on every rank with the memory that it will need, before any of it is allocated.
         keywords: fields of InferenceConfig, for example `tensor_parallel={"tp_size": 2}, dtype=torch.float32`.
 
     Raises:
         ValueError: on every rank, whatever is wrong with the options, the model or its checkpoint.
     """
-    options = _options(model, config, keywords)
+    options = options_of(model, config, keywords)
     place = Placement.of(options)
-    opened = place.reduction.together(lambda: _open(model, options, place.reduction.size))
+    opened = place.reduction.together(lambda: open_model(model, options, place.reduction.size))
+    if announce is not None:
+        announce(opened.memory)
     show = options.progress and place.is_first
 
     def progress(names):
@@ -77,6 +82,11 @@ def init_inference(
         weights=options.weights,
         progress=progress,
     )
+    identity = ModelIdentity(
+        fingerprint=fingerprint(opened.source, opened.family, opened.model.config),
+        dtype=opened.dtype,
+        weights=options.weights,
+    )
     opened.source.close()
     return SSMInferenceEngine(
         opened.model,
@@ -84,7 +94,9 @@ def init_inference(
         reduction=place.reduction,
         groups=place.groups,
         dtype=opened.dtype,
+        identity=identity,
         options=options,
+        memory=opened.memory,
         directory=opened.directory,
     )
 
@@ -98,15 +110,13 @@ class SSMInferenceEngine(InferenceEngine):
         reduction: the ranks that share it.
         groups: where this rank stands among all.
         dtype: the model runs in.
+        identity: by which saved sessions know the model.
         options: how it is run.
+        memory: what it takes.
         directory: of the checkpoint; None for a model that was handed over in memory.
 
     Attributes:
-        memory: what its states take.
         prefix_cache: states of prompts that others may begin with; None where none are kept.
-
-    Raises:
-        ValueError: the prefix cache has no room for the state of one sequence.
     """
 
     def __init__(
@@ -117,7 +127,9 @@ class SSMInferenceEngine(InferenceEngine):
         reduction: Reduction,
         groups: ParallelGroups,
         dtype: torch.dtype,
+        identity: ModelIdentity,
         options: InferenceConfig,
+        memory: MemoryFigures,
         directory: Path | None = None,
     ):
         # DeepSpeed is told of one rank and to leave the model where it is: it is cut already, and lies on its device.
@@ -132,12 +144,13 @@ class SSMInferenceEngine(InferenceEngine):
         self.groups = groups
         self.dtype = dtype
         self.directory = directory
+        self.identity = identity
         self.options = options
         self.head = policy.head_module(model, family)
         self.stack = policy.backbone_module(model, family)
         self.stack.hide(Overlap(options.hide_reductions))
         self.stack.state_dtype = options.state_dtype
-        self.memory = StateMemory.of(self.plan, ranks=reduction.size, dtype=dtype, options=options)
+        self.memory = memory
         self.prefix_cache = self._make_prefix_cache()
         self._decode = RecordedDecode(self.stack, self.head, self._step, options.record_decode)
 
@@ -149,6 +162,25 @@ class SSMInferenceEngine(InferenceEngine):
     def new_context(self, batch_size: int = 1) -> SSMInferenceContext:
         """The state of `batch_size` empty sequences."""
         return self.stack.new_context(batch_size)
+
+    def save_session(self, context: Sequences, path: str | Path) -> None:
+        """Write the state of a context's sequences to a safetensors file, from which any number of ranks can go on.
+
+        Every rank calls it. A file that is there already stays whole until the new one is.
+
+        Raises:
+            ValueError: the context was freed.
+            OSError: the file cannot be written, on the first rank; RuntimeError on the others.
+        """
+        saved_session.save(context, path, reduction=self.reduction, model=self.identity)
+
+    def load_session(self, path: str | Path) -> SSMInferenceContext:
+        """The context that `save_session` wrote, cut for these ranks. Every rank calls it.
+
+        Raises:
+            ValueError: the file is missing, damaged, of another version, or of another model, dtype or kind of weights.
+        """
+        return saved_session.load(path, self.new_context, reduction=self.reduction, model=self.identity)
 
     def forward(self, input_ids: torch.Tensor | None = None, *arguments, **keywords):
         """Hugging Face's forward over the injected modules: `.logits` is [B, L, vocab], the same on every rank."""
@@ -343,7 +375,6 @@ class SSMInferenceEngine(InferenceEngine):
         return ContinuousBatch(self, requests, tokenizer=tokenizer, order=order, on_token=on_token)
 
     def _make_prefix_cache(self) -> PrefixCache | None:
-        self.memory.check()
         if not self.memory.prefix_cache_bytes:
             return None
         spill = second_tier(self.options.prefix_cache_spill, self.memory.spill_bytes)
@@ -408,49 +439,6 @@ def second_tier(where: str | None, budget_bytes: int) -> SecondTier | None:
     if where is None:
         return None
     return HostMemory(budget_bytes) if where == "host" else Disk(where, budget_bytes)
-
-
-def _options(model, config, keywords: dict) -> InferenceConfig:
-    if isinstance(config, InferenceConfig):
-        base = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    elif isinstance(config, (str, Path)):
-        base = read_preset(config)
-    else:
-        base = dict(config or {})
-    base |= keywords
-    if model is not None and not isinstance(model, PreTrainedModel):
-        base["model"] = str(model)
-    return InferenceConfig.from_dict(base)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    model: PreTrainedModel
-    family: Family
-    source: TensorSource
-    dtype: torch.dtype
-    directory: Path | None
-
-
-def _open(model: PreTrainedModel | str | Path | None, options: InferenceConfig, ranks: int) -> _Opened:
-    if isinstance(model, PreTrainedModel):
-        family = family_of(model.config, type(model).__name__)
-        family.check(model.config, ranks)
-        return _Opened(model.eval(), family, ModuleSource(model), _dtype(options, model.dtype), None)
-    directory = model_directory(options.model)
-    config, family = read_config(directory)
-    family.check(config, ranks)
-    dtype = _dtype(options, getattr(config, "dtype", None) or torch.float32)
-    empty = empty_model(config, family, directory)
-    return _Opened(empty, family, SafetensorsSource(directory, family.renames), dtype, directory)
-
-
-def _dtype(options: InferenceConfig, stored: torch.dtype) -> torch.dtype:
-    dtype = options.dtype or stored
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype} in the checkpoint's config")
-    check_dtype_of_weights(options.weights, dtype)
-    return dtype
 
 
 def _check_lengths(lengths, rows: int, width: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How much memory states take, known before any of it is allocated."""
+"""How much memory a rank needs for weights and states, known before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import torch
 
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.context import dtype_of, layers_by_state
-from megatron_ssm.plan import ModelPlan
+from megatron_ssm.families import Family
+from megatron_ssm.layout import ParameterLayout
+from ssm_kernels.int8_weight import GROUP
 
 MB = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateMemory:
+class MemoryFigures:
     """Bytes on one rank.
 
     Args:
+        weights_bytes: of the parameters.
         sequence_bytes: of one sequence, whatever its length; also of one snapshot in the prefix cache.
         token_bytes: of each of its tokens (keys and values).
         slots: sequences of a continuous batch.
@@ -26,6 +29,7 @@ class StateMemory:
         spill: where to; None for nowhere.
     """
 
+    weights_bytes: int
     sequence_bytes: int
     token_bytes: int
     slots: int
@@ -35,14 +39,16 @@ class StateMemory:
     spill: str | None
 
     @classmethod
-    def of(cls, plan: ModelPlan, *, ranks: int, dtype: torch.dtype, options: InferenceConfig) -> StateMemory:
-        """What a model's states take on each of so many ranks, as the options have it."""
+    def of(cls, family: Family, config, *, ranks: int, dtype: torch.dtype, options: InferenceConfig) -> MemoryFigures:
+        """What a model, by its Hugging Face config, takes on each of so many ranks, as the options have it."""
         fixed = growing = 0
-        for (_, state), layers in layers_by_state(plan).items():
+        for (_, state), layers in layers_by_state(family.plan(config)).items():
             one = torch.Size(state.local_shape(ranks, 1)).numel() * len(layers)
             size = one * dtype_of(state, dtype, options.state_dtype).itemsize
             fixed, growing = (fixed, growing + size) if state.grows else (fixed + size, growing)
+        weights = sum(_weight_bytes(layout, ranks, dtype, options) for layout in family.parameters(config).values())
         return cls(
+            weights_bytes=weights,
             sequence_bytes=fixed,
             token_bytes=growing,
             slots=options.batch_size,
@@ -67,14 +73,15 @@ class StateMemory:
             )
 
     def lines(self) -> list[str]:
-        """For people, a line each: the slots, the prefix cache where there is one, where it spills to."""
+        """For people, a line each: the weights, the slots, the prefix cache where there is one, where it spills to."""
         room = ""
         if self.token_bytes:
             tokens = f"for {self.length:,} tokens" if self.length else "as they come"
             room = f" + {self.token_bytes / 1e3:,.1f} kB a token, {tokens}"
         lines = [
+            f"weights: {self.weights_bytes / MB:,.1f} MB a rank",
             f"state: {self.slots} slots × ({self.sequence_bytes / MB:,.2f} MB{room}) = "
-            f"{self.slots_bytes / MB:,.1f} MB a rank"
+            f"{self.slots_bytes / MB:,.1f} MB a rank",
         ]
         if self.prefix_cache_bytes:
             count = self.prefix_cache_bytes // self.sequence_bytes if self.sequence_bytes else 0
@@ -84,3 +91,10 @@ class StateMemory:
             where = "host memory" if self.spill == "host" else self.spill
             lines.append(f"beyond it: {self.spill_bytes / MB:,.1f} MB a rank in {where}")
         return lines
+
+
+def _weight_bytes(layout: ParameterLayout, ranks: int, dtype: torch.dtype, options: InferenceConfig) -> int:
+    count = torch.Size(layout.local_shape(ranks)).numel()
+    if options.weights is not None and layout.takes_fewer_bits:
+        return count + count // GROUP * dtype.itemsize  # a byte each, and a scale for every group
+    return count * (torch.promote_types(dtype, torch.float32) if layout.keep_fp32 else dtype).itemsize

@@ -336,7 +336,8 @@ class PrefixCache:
         kind = (what, type(cause), getattr(cause, "errno", None))
         if kind not in self._warned:
             self._warned.add(kind)
-            _log.warning("a snapshot of the prefix cache could not be %s and is dropped: %s", what, error)
+            # Its text alone: whoever keeps the record would keep its traceback, and the tensors there.
+            _log.warning("a snapshot of the prefix cache could not be %s and is dropped: %s", what, str(error))
 
     def _count(self, **more: int) -> None:
         for name, number in more.items():

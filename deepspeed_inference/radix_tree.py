@@ -118,9 +118,8 @@ class RadixTree:
 
 
 def _in_common(edge: np.ndarray, tokens: np.ndarray) -> int:
-    different = edge[: len(tokens)] != tokens
-    first = int(different.argmax())  # 0 where none differs
-    return first if different[first] else len(tokens)
+    """How many tokens a sequence shares with an edge, which was found by the first."""
+    return int((edge[: len(tokens)] != tokens).argmax()) or len(tokens)  # argmax is 0 where none differs
 
 
 def _attach(parent: Node, child: Node) -> Node:
