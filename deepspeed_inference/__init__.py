@@ -6,7 +6,9 @@ Names are imported when first used, so that a command line can answer `--help` w
 import importlib
 
 _HOMES = {
+    "Answer": "request",
     "InferenceConfig": "config",
+    "Request": "request",
     "SSMInferenceContext": "context",
     "SSMInferenceEngine": "engine",
     "Sampling": "sampling",

@@ -36,7 +36,7 @@ from deepspeed_inference.sampling import Sampling
 from deepspeed_inference.saved_session import ModelIdentity
 from deepspeed_inference.scoring import log_probabilities
 from deepspeed_inference.selection import Sequences
-from deepspeed_inference.spill import Disk, HostMemory, SecondTier
+from deepspeed_inference.spill import second_tier
 from megatron_ssm.checkpoint import fingerprint
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family
@@ -377,7 +377,7 @@ class SSMInferenceEngine(InferenceEngine):
     def _make_prefix_cache(self) -> PrefixCache | None:
         if not self.memory.prefix_cache_bytes:
             return None
-        spill = second_tier(self.options.prefix_cache_spill, self.memory.spill_bytes)
+        spill = self.reduction.together(lambda: second_tier(self.options.prefix_cache_spill, self.memory.spill_bytes))
         return PrefixCache(
             budget_bytes=self.memory.prefix_cache_bytes,
             stride=self.options.prefix_cache_stride,
@@ -432,13 +432,6 @@ class SSMInferenceEngine(InferenceEngine):
         context.check_alive()
         if context.batch_size != rows:
             raise ValueError(f"expected {context.batch_size} rows, as the context has, found {rows}")
-
-
-def second_tier(where: str | None, budget_bytes: int) -> SecondTier | None:
-    """What `prefix_cache_spill` names: "host", a directory, or None."""
-    if where is None:
-        return None
-    return HostMemory(budget_bytes) if where == "host" else Disk(where, budget_bytes)
 
 
 def _check_lengths(lengths, rows: int, width: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from deepspeed_inference.prefix_cache import PrefixCache
+from deepspeed_inference.radix_tree import common_length
 from deepspeed_inference.selection import Selection, Sequences
 
 # A piece costs one reading of all weights however short it is: a few tokens that a budget has left over, or that
@@ -153,10 +154,3 @@ class Prefills:
                     insort(other.stops, shared)
                 return True
         return False
-
-
-def common_length(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two prompts begin with in common."""
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length

@@ -85,7 +85,7 @@ class RadixTree:
             if child is None:
                 break
             node = child
-            shared += _in_common(node.tokens, tokens[shared : shared + len(node.tokens)])
+            shared += common_length(node.tokens, tokens[shared : shared + len(node.tokens)])
         return Walk(shared, node, tuple(passed))
 
     def insert(self, tokens: np.ndarray, value: Any) -> Node:
@@ -117,9 +117,12 @@ class RadixTree:
             _merge(node)
 
 
-def _in_common(edge: np.ndarray, tokens: np.ndarray) -> int:
-    """How many tokens a sequence shares with an edge, which was found by the first."""
-    return int((edge[: len(tokens)] != tokens).argmax()) or len(tokens)  # argmax is 0 where none differs
+def common_length(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two sequences begin with in common; neither is empty."""
+    length = min(len(first), len(second))
+    different = first[:length] != second[:length]
+    place = int(different.argmax())  # 0 where none differs
+    return place if different[place] else length
 
 
 def _attach(parent: Node, child: Node) -> Node:

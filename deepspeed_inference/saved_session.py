@@ -15,7 +15,6 @@ import json
 import math
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.selection import Selection, Sequences
-from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS
+from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS, checksum
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.families.tables import StateLayout
 from megatron_ssm.layout import Index
@@ -265,9 +264,8 @@ def _write(
     file.seek(_LENGTH.size + room)
     checksums = {}
     for name, tensor in zip(entries, itertools.chain([positions], tensors), strict=True):
-        stored = _bytes(tensor)
-        file.write(stored)
-        checksums[name] = zlib.crc32(stored)
+        file.write(_bytes(tensor))
+        checksums[name] = checksum(tensor)
     file.seek(0)
     file.write(_LENGTH.pack(room))
     file.write(_header(entries, metadata, checksums).ljust(room))
@@ -322,7 +320,7 @@ class _SavedSession:
         for place, name in enumerate(self.names):
             # All read the positions, before the first could tell the others that they are damaged.
             if place % ranks == rank or name == _POSITIONS:
-                found = zlib.crc32(_bytes(self._file.get_tensor(name)))
+                found = checksum(self._file.get_tensor(name))
                 if checksums.get(name) != found:
                     self._refuse(f"tensor {name} is damaged", f"checksum {checksums.get(name)}", str(found))
 

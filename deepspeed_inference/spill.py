@@ -9,7 +9,6 @@ import json
 import os
 import uuid
 import weakref
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS, save_safetensors
+from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS, checksum, save_safetensors
 
 
 class SecondTier(ABC):
@@ -128,7 +127,7 @@ class Disk(SecondTier):
                 checksums = json.loads(file.metadata()[CHECKSUMS])
                 # Copies, for what is mapped keeps the blocks of a removed file on the disk.
                 tensors = [file.get_tensor(str(index)).clone() for index in range(len(stored.forms))]
-            found = {str(index): _checksum(tensor) for index, tensor in enumerate(tensors)}
+            found = {str(index): checksum(tensor) for index, tensor in enumerate(tensors)}
         except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:  # its header may say anything
             raise OSError(f"{stored.path}: {error!r}") from error
         if found != checksums or _forms(tensors) != stored.forms:
@@ -156,5 +155,17 @@ def _forms(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.Siz
     return [(tensor.dtype, tensor.shape) for tensor in tensors]
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy())
+def second_tier(where: str | None, budget_bytes: int) -> SecondTier | None:
+    """A tier by the name that users give it: "host", a directory, or None for none.
+
+    Raises:
+        ValueError: the directory cannot be made.
+    """
+    if where is None:
+        return None
+    if where == "host":
+        return HostMemory(budget_bytes)
+    try:
+        return Disk(where, budget_bytes)
+    except OSError as error:
+        raise ValueError(f"prefix_cache_spill: cannot write to {where}: {error}") from error

@@ -76,7 +76,7 @@ class SafetensorsSource:
                 continue
             file, stored = self._holder[name], self._name_on_disk[name]
             expected = self._checksums[file].get(stored)
-            if expected is not None and _checksum(self._files[file].get_tensor(stored)) != expected:
+            if expected is not None and checksum(self._files[file].get_tensor(stored)) != expected:
                 raise ValueError(f"{self.where(name)}: tensor {stored} is damaged: its checksum does not match")
 
     def where(self, name: str) -> str:
@@ -130,9 +130,10 @@ class SafetensorsSource:
 def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file that carries a CRC-32 of every tensor."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt", CHECKSUMS: json.dumps(checksums)})
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())

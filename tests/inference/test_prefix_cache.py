@@ -170,7 +170,7 @@ class Ranks:
 
 
 CALLS = st.lists(
-    st.tuples(st.sampled_from(["admit"] * 6 + ["grow"] * 4 + ["restore"] * 6 + ["clear"]), PROMPTS),
+    st.tuples(st.sampled_from(["admit"] * 6 + ["grow"] * 4 + ["restore"] * 2 + ["resume"] * 4 + ["clear"]), PROMPTS),
     min_size=15,
     max_size=30,
 )
@@ -178,7 +178,7 @@ BUDGETS = st.tuples(st.sampled_from([2, 3]), st.sampled_from([0, 2, 6]))  # snap
 FAILURES = st.lists(st.sampled_from([False] * 7 + [True]), min_size=8, max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     calls=CALLS,
     hybrid=st.booleans(),
@@ -208,7 +208,11 @@ def test_any_calls_restore_exactly_within_the_budgets_and_alike_on_ranks(
         ]
         last = (0,)
         for name, tokens in calls:
-            last = tokens = last + tokens[:3] if name == "grow" else tokens  # a conversation goes on
+            if name == "grow":  # a conversation goes on
+                tokens = last + tokens[:3]
+            elif name == "resume" and (known := list(_contents(caches[0]))):
+                tokens = (*known[sum(tokens) % len(known)], 0)
+            last = tokens
 
             def call(cache, name=name, tokens=tokens):
                 return _call(cache, name, tokens, hybrid)
@@ -243,7 +247,7 @@ def _call(cache, name, tokens, hybrid):
     known = set(_contents(cache))
     if name == "clear":
         return cache.clear()
-    if name != "restore":
+    if name in ("admit", "grow"):
         admitted = _admit(cache, tokens, hybrid)
         snapshot = _contents(cache).get(tokens)
         assert admitted == (tokens not in known and snapshot is not None)
