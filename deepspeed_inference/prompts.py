@@ -1,14 +1,24 @@
-"""Prompts in, answers out: the command line's and those of JSONL files."""
+"""Prompts in, answers out: the command line's and those of JSONL files.
+
+A line of a file stands for itself: one that is wrong becomes a prompt with an error, and the others run. Lines are
+parsed as they are asked for, so that the first answers of a long file do not wait for the last line.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from deepspeed_inference.config import InferenceConfig
+
 # What an answer says itself; the other keys of a prompt's object come back as they are.
-OWN_KEYS = ("index", "text", "tokens", "finish", "error", "origin")
+OWN_KEYS = ("index", "text", "tokens", "finish", "error", "origin", "cached_tokens")
+# Options of the command line that a line may set for itself.
+LINE_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,7 @@ class Prompt:
         text: what the model continues.
         origin: for messages, "--prompt 1" or "FILE:LINE".
         extra: the other keys of its JSON object, which its answer carries too.
+        options: those of LINE_OPTIONS that its line sets.
     """
 
     index: int
@@ -27,25 +38,45 @@ class Prompt:
     origin: str
     extra: dict
     error: str | None = None
+    options: dict = field(default_factory=dict)
 
 
-def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
-    """The prompts of the command line, then those of a JSONL file; a line that is wrong becomes one with an error.
+class Prompts:
+    """Those of the command line, then those of a JSONL file, in order; every iteration begins at the first.
+
+    Args:
+        texts: of the command line.
+        file: with an object a line; None for no file.
+
+    Attributes:
+        digest: of what they were read from.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    prompts = [Prompt(index, text, f"--prompt {index + 1}", {}) for index, text in enumerate(texts)]
-    if file is None:
-        return prompts
-    try:
-        lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise ValueError(f"prompts: cannot read {file}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            prompts.append(_parse(line, len(prompts), f"{file}:{number}"))
-    return prompts
+
+    def __init__(self, texts: list[str], file: str | None):
+        self._texts, self._file = texts, file
+        content = b"" if file is None else _read(file)
+        self.digest = hashlib.sha256(json.dumps(texts).encode() + content).hexdigest()
+        lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+        self._lines = [(number, line) for number, line in lines if line.strip()]
+
+    def __len__(self) -> int:
+        return len(self._texts) + len(self._lines)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for index, text in enumerate(self._texts):
+            yield Prompt(index, text, f"--prompt {index + 1}", {})
+        line_of_id: dict[str, int] = {}
+        for index, (number, line) in enumerate(self._lines, start=len(self._texts)):
+            yield _parse(line, index, f"{self._file}:{number}", number, line_of_id)
+
+
+def check_readable(file: str | None) -> None:
+    """Raise ValueError if there are no prompts to be read from `file`, before a model is loaded for them."""
+    if file is not None and (Path(file).is_dir() or not os.access(file, os.R_OK)):
+        raise ValueError(f"prompts: cannot read {file}: there is no such file, or it is not readable")
 
 
 def check_output(file: str | None) -> None:
@@ -54,27 +85,50 @@ def check_output(file: str | None) -> None:
         raise ValueError(f"output: cannot write {file}: it is a directory, or its directory is not writable")
 
 
-def answer(prompt: Prompt, text: str, tokens: int, finish: str) -> dict:
-    """What is written for a prompt that ran; `finish` is "stop" or "length"."""
+def answer(prompt: Prompt, text: str, tokens: int, finish: str, cached_tokens: int | None = None) -> dict:
+    """What is written for a prompt that ran.
+
+    Args:
+        prompt: that.
+        text: what came of it.
+        tokens: how many that took.
+        finish: "stop" or "length".
+        cached_tokens: of the prompt, that the prefix cache knew; None where there is no such cache.
+    """
     own = {"text": text, "tokens": tokens, "finish": finish}
-    return {**prompt.extra, "index": prompt.index, "prompt": prompt.text, **own}
+    cached = {} if cached_tokens is None else {"cached_tokens": cached_tokens}
+    return {**prompt.extra, "index": prompt.index, "prompt": prompt.text, **own, **cached}
 
 
-def refusal(prompt: Prompt) -> dict:
-    """What is written for a prompt that could not run."""
-    return {**prompt.extra, "index": prompt.index, "origin": prompt.origin, "error": prompt.error}
+def refusal(prompt: Prompt, problem: str | None = None) -> dict:
+    """What is written for a prompt that could not run, by its own error or for a `problem` that the model has."""
+    error = prompt.error if problem is None else f"{prompt.origin}: {problem}"
+    return {**prompt.extra, "index": prompt.index, "origin": prompt.origin, "error": error}
 
 
-def _parse(line: bytes, index: int, origin: str) -> Prompt:
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"prompts: cannot read {file}: {error}") from error
+
+
+def _parse(line: bytes, index: int, origin: str, number: int, line_of_id: dict[str, int]) -> Prompt:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         return Prompt(index, "", origin, {}, f"{origin}: not JSON: {error}")
-    problem = _problem_of(record)
+    problem = _problem_of(record) or _repeated_id(record, number, line_of_id)
     if problem is not None:
         return Prompt(index, "", origin, {}, f"{origin}: {problem}")
+    given = {name: record[name] for name in LINE_OPTIONS if name in record}
+    try:
+        checked = InferenceConfig(**given)
+    except ValueError as error:
+        return Prompt(index, "", origin, {}, f"{origin}: {error}")
     extra = {key: value for key, value in record.items() if key != "prompt"}
-    return Prompt(index, record["prompt"], origin, extra)
+    options = {name: getattr(checked, name) for name in given}
+    return Prompt(index, record["prompt"], origin, extra, options=options)
 
 
 def _problem_of(record) -> str | None:
@@ -88,3 +142,14 @@ def _problem_of(record) -> str | None:
     except UnicodeEncodeError:
         return "expected text, found half of a surrogate pair"
     return None
+
+
+def _repeated_id(record: dict, number: int, line_of_id: dict[str, int]) -> str | None:
+    """What is wrong with the id of the line with this number; notes it for those behind."""
+    if record.get("id") is None:
+        return None
+    id = json.dumps(record["id"], sort_keys=True)
+    first = line_of_id.setdefault(id, number)
+    return (
+        None if first == number else f"expected an id that no other line has, found {id[:80]}, which line {first} has"
+    )

@@ -1,74 +1,117 @@
-"""The numbers of a run: time to first token, time a token, throughput, communication and memory a rank."""
+"""The numbers of a run: time to first token, time a token, throughput, communication and memory a rank.
+
+Prompts that run alone are measured step by step. In a continuous batch a step has tokens of many requests and pieces of
+new prompts, so there a request is what is measured: how long it waited for its first token, how long for each of the
+others, pauses for the prompts of other requests included; and what the run sent is divided by all of its new tokens.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
 
 from deepspeed_inference.engine import SSMInferenceEngine
+from deepspeed_inference.request import Answer
 from ssm_kernels.int8_weight import Int8Weight
 
 
 @dataclass
 class Measurements:
-    """Collects the times of steps. Call `begin` before a batch, `step` after each of its tokens."""
+    """Collects times. For a prompt alone: `begin`, then `step` after each token; for many: `answered`, within `batch`.
 
-    first_token: list[float] = field(default_factory=list)  # seconds a batch
-    next_token: list[float] = field(default_factory=list)  # seconds a step
+    Attributes:
+        first_token: seconds to it, of each prompt.
+        next_token: seconds a token behind it, of each step, or of each request of a batch.
+        tokens: new ones.
+        seconds: in which they came.
+        collectives, bytes: that this rank took part in, and handed over, for `counted_tokens`.
+    """
+
+    first_token: list[float] = field(default_factory=list)
+    next_token: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
     collectives: int = 0
     bytes: int = 0
+    counted_tokens: int = 0
     _last: float = 0.0
     _is_first_step: bool = True
     _traffic: tuple[int, int] = (0, 0)
 
     def begin(self) -> None:
-        """A batch begins."""
+        """A prompt begins."""
         self._last = time.perf_counter()
         self._is_first_step = True
 
-    def step(self, tokens: int, engine: SSMInferenceEngine) -> None:
-        """A step has given `tokens` tokens, one for every row that had not ended."""
+    def step(self, engine: SSMInferenceEngine) -> None:
+        """A step has given one more token. What the first one sent is the prompt's, and does not count."""
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
-        traffic = engine.reduction.traffic
         if self._is_first_step:
             self.first_token.append(elapsed)
         else:
             self.next_token.append(elapsed)
-            self.collectives += traffic.collectives - self._traffic[0]
-            self.bytes += traffic.payload_bytes - self._traffic[1]
+            self._count_traffic(engine, tokens=1)
         self._is_first_step = False
-        self._traffic = (traffic.collectives, traffic.payload_bytes)
-        self.tokens += tokens
+        self._traffic = _traffic_of(engine)
+        self.tokens += 1
         self.seconds += elapsed
 
+    @contextmanager
+    def batch(self, engine: SSMInferenceEngine) -> Iterator[None]:
+        """The time in which a batch runs."""
+        began, before = time.perf_counter(), self.tokens
+        self._traffic = _traffic_of(engine)
+        yield
+        self.seconds += time.perf_counter() - began
+        self._count_traffic(engine, self.tokens - before)
+
+    def answered(self, answer: Answer) -> None:
+        """A request of the batch is done."""
+        tokens = len(answer.tokens)
+        self.tokens += tokens
+        if answer.first_token_seconds is not None:
+            self.first_token.append(answer.first_token_seconds)
+        if tokens > 1:
+            self.next_token.append((answer.seconds - answer.first_token_seconds) / (tokens - 1))
+
     def summary(self, engine: SSMInferenceEngine) -> dict | None:
-        """The numbers by name, on the first rank of all; every rank calls it. Times are those of the first replica."""
-        steps = len(self.next_token)
+        """The numbers by name, on the first rank of all; every rank calls it.
+
+        Times, traffic and the prefix cache are those of the first replica; the throughput is that of all.
+        """
+        counted = self.counted_tokens
         parameters = sum(parameter.nbytes for parameter in engine.module.parameters())
         parameters += sum(m.nbytes for m in engine.module.modules() if isinstance(m, Int8Weight))
         resident = engine.reduction.exchange(psutil.Process().memory_info().rss)
-        throughput = self.tokens / self.seconds if self.seconds else 0.0
-        shares = engine.groups.gather_objects((throughput, resident))
+        shares = engine.groups.gather_objects((self.tokens, self.seconds, resident))
         if shares is None:
             return None
+        seconds = max(seconds for _, seconds, _ in shares)
         return {
             "ranks": engine.reduction.size,
             "replicas": engine.groups.replicas,
             "reduction": engine.reduction.reason,
             "ttft_ms": 1e3 * statistics.median(self.first_token) if self.first_token else None,
-            "ms_per_token": 1e3 * statistics.median(self.next_token) if steps else None,
-            "tokens_per_second": sum(share for share, _ in shares) or None,
-            "collectives_per_token": self.collectives / steps if steps else None,
-            "bytes_per_token": self.bytes / steps if steps else None,
+            "ms_per_token": 1e3 * statistics.median(self.next_token) if self.next_token else None,
+            "tokens_per_second": sum(tokens for tokens, _, _ in shares) / seconds or None if seconds else None,
+            "collectives_per_token": self.collectives / counted if counted else None,
+            "bytes_per_token": self.bytes / counted if counted else None,
             "parameter_mb_per_rank": parameters / 1e6,
-            "resident_mb_per_rank": [value / 1e6 for _, ranks in shares for value in ranks],
+            "resident_mb_per_rank": [value / 1e6 for *_, ranks in shares for value in ranks],
+            **_cached(engine),
         }
+
+    def _count_traffic(self, engine: SSMInferenceEngine, tokens: int) -> None:
+        collectives, payload_bytes = _traffic_of(engine)
+        self.collectives += collectives - self._traffic[0]
+        self.bytes += payload_bytes - self._traffic[1]
+        self.counted_tokens += tokens
 
 
 def table(summary: dict) -> str:
@@ -85,9 +128,30 @@ def table(summary: dict) -> str:
         ("time to first token", number("ttft_ms", "ms")),
         ("time a token", number("ms_per_token", "ms", 2)),
         ("throughput", number("tokens_per_second", "tokens/s")),
-        ("collectives a step", number("collectives_per_token", "", 0)),
-        ("bytes a step and rank", number("bytes_per_token", "", 0)),
+        ("collectives a token", number("collectives_per_token", "", 1)),
+        ("bytes a token and rank", number("bytes_per_token", "", 0)),
         ("memory a rank", f"{summary['parameter_mb_per_rank']:,.1f} MB of parameters, {resident} MB resident"),
     ]
+    if "prefix_cache_hit_rate" in summary:
+        found = "–" if summary["prefix_cache_hit_rate"] is None else f"{summary['prefix_cache_hit_rate']:.1%}"
+        held = f"{summary['prefix_cache_mb']:,.1f} MB a rank in {summary['prefix_cache_snapshots']:,} states"
+        rows.append(("prefix cache", f"{found} of the prompts' tokens found, {held}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _traffic_of(engine: SSMInferenceEngine) -> tuple[int, int]:
+    traffic = engine.reduction.traffic
+    return traffic.collectives, traffic.payload_bytes
+
+
+def _cached(engine: SSMInferenceEngine) -> dict:
+    """What the prefix cache has found and holds, where there is one."""
+    if engine.prefix_cache is None:
+        return {}
+    stats = engine.prefix_cache.stats
+    return {
+        "prefix_cache_hit_rate": stats.hit_tokens / stats.prompt_tokens if stats.prompt_tokens else None,
+        "prefix_cache_mb": stats.bytes / 1e6,
+        "prefix_cache_snapshots": stats.snapshots,
+    }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from deepspeed_inference.config import InferenceConfig
@@ -17,8 +18,11 @@ from deepspeed_inference.generate import stream
 from deepspeed_inference.profile import Profile, take_profile
 from deepspeed_inference.prompts import Prompt, answer
 from deepspeed_inference.report import Measurements
+from deepspeed_inference.request import Request, problem_of
 from deepspeed_inference.sampling import Sampling
+from deepspeed_inference.stop_texts import StopTexts
 from deepspeed_inference.text_stream import TextStream
+from megatron_ssm.collectives import make_reduction
 
 
 class Session:
@@ -30,14 +34,15 @@ class Session:
 
     def __init__(self, config: InferenceConfig):
         self.config = config
-        self._shows_progress = config.progress and not config.json
-        self.engine = init_inference(config=replace(config, progress=self._shows_progress))
+        self.shows_progress = config.progress and not config.json
+        self.engine = init_inference(config=replace(config, progress=self.shows_progress))
         self.tokenizer = _read_tokenizer(self.engine.directory)
-        self.is_first = self.engine.groups.replica == 0 and self.engine.reduction.rank == 0
+        groups = self.engine.groups
+        self.is_first = groups.replica == 0 and self.engine.reduction.rank == 0
         self.measurements = Measurements()
-        self._sampling = Sampling(
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
-        )
+        self._all_ranks = self.engine.reduction
+        if groups.replicas > 1:
+            self._all_ranks = make_reduction(groups.world, self.engine.device, "torch")
 
     def __enter__(self) -> Session:
         return self
@@ -50,36 +55,52 @@ class Session:
         if self.is_first:
             print(text, file=file or sys.stdout, flush=True)
 
-    def check(self, prompt: Prompt) -> Prompt:
-        """The prompt, with an error where its text gives no tokens or ids that the model does not have."""
+    def first_does(self, work: Callable[[], Any]) -> Any:
+        """Do something on the first rank of all; its result there, None elsewhere. Raises its error on every rank."""
+        return self._all_ranks.together(lambda: work() if self.is_first else None)
+
+    def by_first(self, work: Callable[[], Any]) -> Any:
+        """The same, with the result, which can be pickled, on every rank."""
+        return self._all_ranks.exchange(self.first_does(work))[0]
+
+    def request(self, prompt: Prompt) -> Request:
+        """What the engine is asked, by the options and by what the prompt's line sets itself."""
+        options = replace(self.config, **prompt.options)
+        return Request(
+            id=prompt.index,
+            prompt=self._encode(prompt),
+            max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(
+                temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+            ),
+            noise_stream=prompt.index,
+            stop=options.stop,
+        )
+
+    def check(self, prompt: Prompt) -> Request:
+        """The prompt's request.
+
+        Raises:
+            ValueError: the prompt cannot run.
+        """
         if prompt.error is not None:
-            return prompt
-        ids = self._encode(prompt)
-        if not ids:
-            return replace(prompt, text="", error=f"{prompt.origin}: the prompt is empty")
-        vocabulary = self.engine.head.vocab_size
-        if max(ids) >= vocabulary:
-            found = f"{prompt.origin}: expected token ids below {vocabulary}, found {max(ids)}"
-            return replace(prompt, text="", error=found)
-        return prompt
+            raise ValueError(prompt.error)
+        request = self.request(prompt)
+        most = self.config.max_sequence_length
+        problem = problem_of(request, vocab_size=self.engine.head.vocab_size, max_length=most, has_tokenizer=True)
+        if problem is not None:
+            raise ValueError(f"{prompt.origin}: {problem}")
+        return request
 
     def stream(self, prompts: list[Prompt], echo: bool) -> Iterator[dict]:
         """Answer prompts one by one; the first rank prints each as it comes, if `echo`."""
-        for prompt in prompts:
+        requests = [self.check(prompt) for prompt in prompts]
+        for prompt, request in zip(prompts, requests, strict=True):
             printer = None
             if echo and self.is_first:
                 print(prompt.text, end="", flush=True)
-                printer = TextStream(self.tokenizer)
-            yield from self._answer([prompt], printer)
-
-    def batches(self, prompts: list[Prompt]) -> Iterator[dict]:
-        """Answer prompts in batches, batch by batch; with replicas each its share, all at the end on the first rank."""
-        groups = self.engine.groups
-        if groups.replicas == 1:
-            yield from self._batches(prompts)
-            return
-        shares = groups.gather_objects(list(self._batches(prompts[groups.replica :: groups.replicas])))
-        yield from sorted((record for share in shares or [] for record in share), key=lambda record: record["index"])
+                printer = TextStream(self.tokenizer, request.stop)
+            yield self._answer(prompt, request, printer)
 
     def summary(self) -> dict | None:
         """The numbers of the run, on the first rank; every rank calls it."""
@@ -87,49 +108,39 @@ class Session:
 
     def profile(self, prompt: Prompt, tokens: int | None = None) -> Profile:
         """Where the time of a step goes, behind a prompt, or behind so many `tokens` of it over and over."""
-        ids = torch.tensor([self._encode(prompt)])
+        ids = torch.tensor([self.check(prompt).prompt])
         if tokens is not None:
             ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
         return take_profile(self.engine, ids)
 
-    def _batches(self, prompts: list[Prompt]) -> Iterator[dict]:
-        size = self.config.batch_size
-        show = self._shows_progress and self.is_first
-        with tqdm(total=len(prompts), desc="prompts", disable=None if show else True) as bar:
-            for start in range(0, len(prompts), size):
-                batch = prompts[start : start + size]
-                yield from self._answer(batch, None)
-                bar.update(len(batch))
-
-    def _answer(self, prompts: list[Prompt], printer: TextStream | None) -> list[dict]:
-        encoded = [torch.tensor(self._encode(prompt)) for prompt in prompts]
-        lengths = torch.tensor([ids.numel() for ids in encoded])
-        ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
-        ends = self.engine.eos_token_ids
-        rows: list[list[int]] = [[] for _ in prompts]
+    def _answer(self, prompt: Prompt, request: Request, printer: TextStream | None) -> dict:
+        ends, texts = self.engine.eos_token_ids, StopTexts(self.tokenizer, request.stop)
+        tokens, finish, cached_before = 0, "length", self._cached_tokens()
         self.measurements.begin()
         steps = stream(
             self.engine,
-            ids,
-            lengths=lengths,
-            max_new_tokens=self.config.max_new_tokens,
-            sampling=self._sampling,
+            torch.tensor([request.prompt]),
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
             eos_token_ids=ends,
-            streams=torch.tensor([prompt.index for prompt in prompts]),
+            streams=torch.tensor([request.noise_stream]),
         )
-        for tokens in steps:
-            self.measurements.step(int((tokens >= 0).sum()), self.engine)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                if token >= 0:
-                    row.append(token)
-                    if printer is not None:
-                        printer.put(token)
+        with closing(steps):
+            for [token] in map(torch.Tensor.tolist, steps):
+                self.measurements.step(self.engine)
+                tokens += 1
+                if printer is not None:
+                    printer.put(token)
+                if texts.put(token) or token in ends:
+                    finish = "stop"
+                    break
         if printer is not None:
             printer.end()
-        return [
-            answer(prompt, self.tokenizer.decode(row, skip_special_tokens=True), len(row), _finish(row, ends))
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        cached = None if self.engine.prefix_cache is None else self._cached_tokens() - cached_before
+        return answer(prompt, texts.text(), tokens, finish, cached)
+
+    def _cached_tokens(self) -> int:
+        return 0 if self.engine.prefix_cache is None else self.engine.prefix_cache.stats.hit_tokens
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer(prompt.text)["input_ids"]
@@ -144,7 +155,3 @@ def _read_tokenizer(directory: Path):
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {directory}: its tokenizer cannot be read: {error}") from error
-
-
-def _finish(row: list[int], ends: Collection[int]) -> str:
-    return "stop" if row and row[-1] in ends else "length"

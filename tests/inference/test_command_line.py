@@ -53,7 +53,7 @@ def test_text_is_streamed_and_a_table_ends_it_without_noise():
     [run] = _infer("--prompt", "class ", "--max-new-tokens", "9")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("class ")
-    for row in ("time to first token", "time a token", "throughput", "collectives a step", "memory a rank"):
+    for row in ("time to first token", "time a token", "throughput", "collectives a token", "memory a rank"):
         assert row in run.stdout
     assert run.stderr.strip() == ""
 
@@ -61,13 +61,15 @@ def test_text_is_streamed_and_a_table_ends_it_without_noise():
 def test_replicas_share_the_prompts_of_a_file_and_the_others_run_when_a_line_is_wrong(tmp_path):
     prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = ['{"prompt": "def a", "id": 7}', "not json", '{"prompt": 3}', '{"prompt": ""}', "", '{"prompt": "import "}']
+    lines += ['{"prompt": "for "}'] * 20  # two rounds of eight prompts a slot and replica
     prompts.write_text("\n".join(lines))
     arguments = ("--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "5", "--tp-size", "1")
-    first, second = _infer(*arguments, ranks=2)
+    first, second = _infer(*arguments, "--batch-size", "1", ranks=2)
     assert (first.returncode, second.returncode) == (1, 1), first.stderr
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [record["index"] for record in records] == [0, 1, 2, 3, 4]
+    assert [record["index"] for record in records] == list(range(25))
     assert records[0]["id"] == 7 and records[0]["tokens"] == 5 and records[4]["prompt"] == "import "
+    assert len({record["text"] for record in records[5:]}) == 1
     for record, message in (
         (records[1], ":2: not JSON"),
         (records[2], ":3: expected an object"),
@@ -76,6 +78,7 @@ def test_replicas_share_the_prompts_of_a_file_and_the_others_run_when_a_line_is_
         assert message in record["error"]
         assert record["error"] in first.stderr and record["error"] not in second.stderr
     assert "replicas" in first.stdout
+    assert not output.with_name("out.jsonl.unfinished").exists()
 
 
 def test_replicas_print_what_the_prompts_of_the_command_line_give():

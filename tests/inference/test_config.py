@@ -30,19 +30,30 @@ CHANGED = {
     "hide_reductions": ("--hide-reductions", "never", "never"),
     "bind_cores": ("--no-bind-cores", None, False),
     "record_decode": ("--no-record-decode", None, False),
+    "state_dtype": ("--state-dtype", "bf16", torch.bfloat16),
+    "prefill_tokens": ("--prefill-tokens", "64", 64),
+    "chunk_tokens": ("--chunk-tokens", "32", 32),
+    "max_sequence_length": ("--max-sequence-length", "100", 100),
+    "prefix_cache_mb": ("--prefix-cache-mb", "1.5", 1.5),
+    "prefix_cache_stride": ("--prefix-cache-stride", "0", 0),
+    "prefix_cache_spill": ("--prefix-cache-spill", "host", "host"),
+    "prefix_cache_spill_mb": ("--prefix-cache-spill-mb", "2.5", 2.5),
     "progress": ("--no-progress", None, False),
     "max_new_tokens": ("--max-new-tokens", "5", 5),
     "temperature": ("--temperature", "0.5", 0.5),
     "top_k": ("--top-k", "4", 4),
     "top_p": ("--top-p", "0.5", 0.5),
     "seed": ("--seed", "9", 9),
+    "stop": ("--stop", "end", ["end"]),
     "prompt": ("--prompt", "hello", ["hello"]),
     "prompts": ("--prompts", "in.jsonl", "in.jsonl"),
     "output": ("--output", "out.jsonl", "out.jsonl"),
     "batch_size": ("--batch-size", "3", 3),
+    "output_order": ("--output-order", "completion", "completion"),
     "json": ("--json", None, True),
     "profile": ("--profile", None, True),
 }
+BESIDE = {"prefix_cache_spill": {"prefix_cache_mb": 1.0}}  # options that one needs beside it
 
 
 def test_every_field_is_an_option_of_the_command_line():
@@ -52,8 +63,10 @@ def test_every_field_is_an_option_of_the_command_line():
 @pytest.mark.parametrize("name", CHANGED)
 def test_every_option_sets_its_field_and_no_other(name):
     flag, value, expected = CHANGED[name]
-    config = InferenceConfig.from_command_line([flag] if value is None else [flag, value])
-    plain = InferenceConfig()
+    beside = BESIDE.get(name, {})
+    needed = [text for other, there in beside.items() for text in (CHANGED[other][0], str(there))]
+    config = InferenceConfig.from_command_line([*needed, flag] if value is None else [*needed, flag, value])
+    plain = InferenceConfig(**beside)
     for field in fields(InferenceConfig):
         got = getattr(config, field.name)
         if field.name == "tensor_parallel":
@@ -63,9 +76,10 @@ def test_every_option_sets_its_field_and_no_other(name):
         assert got == (expected if field.name == name else default), field.name
 
 
-def test_prompts_repeat_and_launchers_may_append_their_rank():
-    config = InferenceConfig.from_command_line(["--local_rank=1", "--prompt", "a", "--prompt", "b"])
-    assert config.prompt == ["a", "b"]
+def test_prompts_and_stop_texts_repeat_and_launchers_may_append_their_rank():
+    arguments = ["--local_rank=1", "--prompt", "a", "--prompt", "b", "--stop", "c", "--stop", "d"]
+    config = InferenceConfig.from_command_line(arguments)
+    assert (config.prompt, config.stop) == (["a", "b"], ["c", "d"])
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -126,6 +140,28 @@ def test_presets_that_are_not_there():
         ("max_new_tokens", 0),
         ("max_new_tokens", True),
         ("batch_size", 0),
+        ("state_dtype", "float16"),
+        ("state_dtype", torch.float64),
+        ("state_dtype", 3),
+        ("prefill_tokens", 0),
+        ("prefill_tokens", 2.5),
+        ("chunk_tokens", 0),
+        ("chunk_tokens", True),
+        ("max_sequence_length", 1),
+        ("max_sequence_length", "9"),
+        ("prefix_cache_mb", -1),
+        ("prefix_cache_mb", float("inf")),
+        ("prefix_cache_mb", "1"),
+        ("prefix_cache_stride", -1),
+        ("prefix_cache_stride", 1.5),
+        ("prefix_cache_spill", ""),
+        ("prefix_cache_spill", 3),
+        ("prefix_cache_spill", "host"),
+        ("prefix_cache_spill_mb", float("nan")),
+        ("stop", 3),
+        ("stop", [""]),
+        ("output_order", "random"),
+        ("output_order", None),
         ("seed", 1.5),
         ("seed", 2**63),
         ("reduction_timeout", float("inf")),
@@ -151,6 +187,12 @@ def test_presets_that_are_not_there():
 def test_values_out_of_range_name_the_field_and_what_was_found(name, value):
     with pytest.raises(ValueError, match=f"{name}.*(expected .* found|unknown keys)"):
         InferenceConfig(**{name: value})
+
+
+def test_a_second_tier_needs_a_first():
+    assert InferenceConfig(prefix_cache_mb=1, prefix_cache_spill="host").prefix_cache_spill == "host"
+    with pytest.raises(ValueError, match="prefix_cache_spill: expected a prefix_cache_mb above 0 beside it, found 0"):
+        InferenceConfig(prefix_cache_spill="host")
 
 
 def test_int8_weights_are_of_a_bfloat16_model():

@@ -9,7 +9,8 @@ from tiny import tiny_checkpoint
 import ssm_kernels
 from deepspeed_inference import cli, engine, init_inference, placement, session
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.prompts import Prompt, read_prompts
+from deepspeed_inference.prompts import Prompt
+from deepspeed_inference.request import Request
 from deepspeed_inference.sampling import Sampling
 from megatron_ssm.overlap import Overlap
 from ssm_kernels.int8_weight import Int8Weight
@@ -30,10 +31,6 @@ def noted(monkeypatch):
         return calls
 
     return note
-
-
-def _prompts(count: int) -> list[Prompt]:
-    return [Prompt(index, "def f", f"--prompt {index}", {}) for index in range(count)]
 
 
 def test_threads(noted):
@@ -108,25 +105,72 @@ def test_model_and_tensor_parallel():
         init_inference(tiny_checkpoint(), tensor_parallel={"tp_size": 2})
 
 
-def test_sampling_and_lengths_reach_generation_and_batches_have_their_size(noted):
-    calls = noted(session, "stream")
+def test_sampling_lengths_and_stop_texts_are_what_requests_have_and_a_line_goes_over_them():
     config = InferenceConfig(
-        max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.9, seed=5, batch_size=2, dtype="float32"
+        max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.9, seed=5, stop="x", dtype="float32", batch_size=2
     )
+    own = {"max_new_tokens": 2, "temperature": 0.25, "top_k": 3, "top_p": 0.8, "seed": 4, "stop": ["y", "z"]}
     with session.Session(config) as answers:
-        records = list(answers.batches(_prompts(5)))
-    assert [arguments[1].shape[0] for arguments, _ in calls] == [2, 2, 1]
-    for _, keywords in calls:
-        assert keywords["max_new_tokens"] == 3
-        assert keywords["sampling"] == Sampling(temperature=0.5, top_k=4, top_p=0.9, seed=5)
-    assert [record["tokens"] for record in records] == [3] * 5
+        plain = answers.request(Prompt(7, "def f", "", {}))
+        changed = answers.request(Prompt(8, "def f", "", {}, options=own))
+    assert (plain.max_new_tokens, plain.stop, plain.noise_stream) == (3, ["x"], 7)
+    assert plain.sampling == Sampling(temperature=0.5, top_k=4, top_p=0.9, seed=5)
+    assert (changed.max_new_tokens, changed.stop, changed.noise_stream) == (2, ["y", "z"], 8)
+    assert changed.sampling == Sampling(temperature=0.25, top_k=3, top_p=0.8, seed=4)
+
+
+def _run(made, *lengths: int) -> list:
+    requests = [Request(id=index, prompt=[1] * length, max_new_tokens=4) for index, length in enumerate(lengths)]
+    return list(made.run(requests, order="input"))
+
+
+def test_batch_size(noted):
+    calls = noted(engine.SSMInferenceEngine, "new_context")
+    made = init_inference(tiny_checkpoint(), batch_size=2)
+    _run(made, 3, 3, 3)
+    assert [arguments[1] for arguments, _ in calls] == [2]
+
+
+def test_state_dtype():
+    for state_dtype, expected in ((None, {torch.bfloat16, torch.float32}), ("bf16", {torch.bfloat16})):
+        made = init_inference(tiny_checkpoint(), dtype="bf16", state_dtype=state_dtype)
+        assert {state.dtype for state in made.new_context().fixed(0)} == expected
+
+
+def test_prefill_tokens_and_chunk_tokens(monkeypatch):
+    sizes, original = [], engine.SSMInferenceEngine.run_pieces
+
+    def noting(self, pieces, context):
+        sizes.append([piece.ids.numel() for piece in pieces])  # now, before the prompt has gone on
+        return original(self, pieces, context)
+
+    monkeypatch.setattr(engine.SSMInferenceEngine, "run_pieces", noting)
+    _run(init_inference(tiny_checkpoint(), prefill_tokens=64, chunk_tokens=40, batch_size=2), 64, 100)
+    assert sizes == [[64], [40], [40], [20]]
+
+
+def test_max_sequence_length():
+    made = init_inference(tiny_checkpoint(), max_sequence_length=9)
+    short, long = _run(made, 5, 6)
+    assert short.error is None and "expected at most 9 tokens (max_sequence_length), found 10" in long.error
+
+
+def test_prefix_cache(noted):
+    caches, tiers = noted(engine, "PrefixCache"), noted(engine, "second_tier")
+    spill = {"prefix_cache_spill": "host", "prefix_cache_spill_mb": 2.0}
+    made = init_inference(tiny_checkpoint(), prefix_cache_mb=1.5, prefix_cache_stride=64, **spill)
+    assert tiers == [(("host", 2_000_000), {})]
+    [(_, keywords)] = caches
+    assert (keywords["budget_bytes"], keywords["stride"]) == (1_500_000, 64)
+    assert keywords["second_tier"].budget_bytes == 2_000_000 and made.prefix_cache is not None
+    assert init_inference(tiny_checkpoint()).prefix_cache is None
 
 
 def test_profile(noted, capsys):
     calls = noted(session, "take_profile")
     for prompts, width in ((["def f"], 5), ([], 512)):
         config = InferenceConfig(profile=True, prompt=prompts, dtype="float32")
-        assert cli._run(config, read_prompts(prompts or cli.DEMO_PROMPTS, None)) == 0
+        assert cli._run(config, prompts or cli.DEMO_PROMPTS) == 0
         assert calls[-1][0][1].shape == (1, width)
         assert f"prefill of {width} tokens" in capsys.readouterr().out
 
