@@ -2,7 +2,7 @@
 
 import sys
 
-from deepspeed_inference.cli import main
+from deepspeed_inference.command_line.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

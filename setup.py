@@ -26,6 +26,10 @@ setup(
         "megatron_ssm.collectives",
         "megatron_ssm.checkpoint",
         "deepspeed_inference",
+        "deepspeed_inference.state",
+        "deepspeed_inference.batching",
+        "deepspeed_inference.command_line",
+        "deepspeed_inference.benchmarks",
         "deepspeed_inference.demo_training",
         "deepspeed_inference.presets",
         "deepspeed_inference.demo",
@@ -58,5 +62,5 @@ setup(
         "test": ["pytest", "hypothesis", "matplotlib", "ruff", "setuptools>=70"],
         "tools": ["matplotlib"],
     },
-    entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.cli:main"]},
+    entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.command_line.cli:main"]},
 )

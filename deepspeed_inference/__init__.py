@@ -6,10 +6,10 @@ Names are imported when first used, so that a command line can answer `--help` w
 import importlib
 
 _HOMES = {
-    "Answer": "request",
+    "Answer": "batching.request",
     "InferenceConfig": "config",
-    "Request": "request",
-    "SSMInferenceContext": "context",
+    "Request": "batching.request",
+    "SSMInferenceContext": "state.context",
     "SSMInferenceEngine": "engine",
     "Sampling": "sampling",
     "TensorParallelConfig": "config",

@@ -13,9 +13,9 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from deepspeed_inference import foreign_cache
-from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.packing import Packing
+from deepspeed_inference.state import foreign_cache
+from deepspeed_inference.state.context import SSMInferenceContext
 from megatron_ssm.stack import Stack
 
 

@@ -19,24 +19,25 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import ssm_kernels
-from deepspeed_inference import policy, saved_session
+from deepspeed_inference import policy
+from deepspeed_inference.batching.continuous_batch import ContinuousBatch
+from deepspeed_inference.batching.prefill import Piece, Prefills
+from deepspeed_inference.batching.request import Request
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.context import SSMInferenceContext
-from deepspeed_inference.continuous_batch import ContinuousBatch
 from deepspeed_inference.generate import stream
-from deepspeed_inference.memory_figures import MemoryFigures
 from deepspeed_inference.opening import open_model, options_of
 from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
-from deepspeed_inference.prefill import Piece, Prefills
-from deepspeed_inference.prefix_cache import PrefixCache
 from deepspeed_inference.recorded_decode import RecordedDecode
-from deepspeed_inference.request import Request
 from deepspeed_inference.sampling import Sampling
-from deepspeed_inference.saved_session import ModelIdentity
 from deepspeed_inference.scoring import log_probabilities
-from deepspeed_inference.selection import Sequences
-from deepspeed_inference.spill import second_tier
+from deepspeed_inference.state import saved_session
+from deepspeed_inference.state.context import SSMInferenceContext
+from deepspeed_inference.state.memory_figures import MemoryFigures
+from deepspeed_inference.state.prefix_cache import PrefixCache
+from deepspeed_inference.state.saved_session import ModelIdentity
+from deepspeed_inference.state.selection import Sequences
+from deepspeed_inference.state.spill import second_tier
 from megatron_ssm.checkpoint import fingerprint
 from megatron_ssm.collectives import ParallelGroups, Reduction
 from megatron_ssm.families import Family

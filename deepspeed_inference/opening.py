@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from deepspeed_inference.config import DTYPES, InferenceConfig, check_dtype_of_weights, read_preset
-from deepspeed_inference.memory_figures import MemoryFigures
 from deepspeed_inference.pretrained import empty_model, model_directory, read_config
+from deepspeed_inference.state.memory_figures import MemoryFigures
 from megatron_ssm.checkpoint import ModuleSource, SafetensorsSource, TensorSource
 from megatron_ssm.families import Family, family_of
 

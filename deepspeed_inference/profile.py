@@ -17,9 +17,9 @@ from time import perf_counter
 import torch
 
 import ssm_kernels
-from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.engine import SSMInferenceEngine
 from deepspeed_inference.sampling import Sampling, choose
+from deepspeed_inference.state.context import SSMInferenceContext
 from megatron_ssm.collectives.observe import ReductionCall, observing_reduction
 from ssm_kernels.native import NativeBuildError
 from ssm_kernels.observe import OpCall, observing

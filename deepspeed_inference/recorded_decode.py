@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deepspeed_inference.selection import Sequences
+from deepspeed_inference.state.selection import Sequences
 from megatron_ssm.mixers.recurrence import Recurrent
 from megatron_ssm.stack import Stack
 from ssm_kernels import dispatch

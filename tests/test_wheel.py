@@ -21,7 +21,7 @@ def test_a_wheel_unpacked_elsewhere_generates(tmp_path):
     [wheel] = tmp_path.glob("megatron_ssm-*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = "import sys, deepspeed_inference.cli as cli; print(cli.__file__); sys.exit(cli.main())"
+    code = "import sys, deepspeed_inference.command_line.cli as cli; print(cli.__file__); sys.exit(cli.main())"
     run = subprocess.run(
         [sys.executable, "-c", code, "--json", "--config", "creative", "--max-new-tokens", "4"],
         cwd=tmp_path,

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def table(results: dict) -> str:
@@ -76,10 +76,10 @@ def codec_table(results: dict) -> str:
 
 
 def main() -> None:
-    from deepspeed_inference import bench_all_reduce as bench
-    from deepspeed_inference.bench_codecs import codec_speeds
-    from deepspeed_inference.benchmarking import measure_all
-    from deepspeed_inference.emulated_hosts import EmulationUnavailable, check_available
+    from deepspeed_inference.benchmarks import all_reduce as bench
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
+    from deepspeed_inference.benchmarks.codecs import codec_speeds
+    from deepspeed_inference.benchmarks.emulated_hosts import EmulationUnavailable, check_available
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--links", nargs="+", choices=bench.LINKS, default=list(bench.LINKS), help="own, or Gbit/s")
@@ -111,7 +111,7 @@ def main() -> None:
     }
     measured = {**settings, "measured": list(measures)}
     results = measure_all({"codec_shares": codec_speeds, **measures}, measured, arguments.output)
-    from deepspeed_inference.bench_all_reduce_plot import draw
+    from deepspeed_inference.benchmarks.all_reduce_plot import draw
 
     results = json.loads(arguments.output.read_text())  # with the keys that JSON gives
     draw(results, arguments.output.with_suffix(".png"))

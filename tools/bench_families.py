@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 LAYOUTS = ("1x1", "1x2", "2x1")
 
@@ -51,8 +51,8 @@ def main() -> None:
     if min(*sizes.values(), 1 if arguments.layers is None else arguments.layers) < 1:
         parser.error("expected positive numbers")
     quiet()
-    from deepspeed_inference import bench_families as bench
-    from deepspeed_inference.benchmarking import measure_all
+    from deepspeed_inference.benchmarks import families as bench
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
 
     shapes = bench.shapes(arguments.layers)
     measures = {name: lambda shape=shapes[name]: bench.measure(shape, **sizes) for name in arguments.models}

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def table(results: dict) -> str:
@@ -45,9 +45,9 @@ def table(results: dict) -> str:
 
 def main() -> int:
     quiet()
-    from deepspeed_inference import bench_hosts as bench
-    from deepspeed_inference.benchmarking import measure_all
-    from deepspeed_inference.emulated_hosts import EmulationUnavailable, check_available
+    from deepspeed_inference.benchmarks import hosts as bench
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
+    from deepspeed_inference.benchmarks.emulated_hosts import EmulationUnavailable, check_available
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--links", nargs="+", choices=bench.LINKS, default=list(bench.LINKS), help="Gbit/s")
@@ -77,7 +77,7 @@ def main() -> int:
     stored = {"shapes": shapes, **settings, "measured": list(measures)}
     results = measure_all(measures, stored, arguments.output)
     print(f"\n{json.dumps(results['hardware'])}\n\n{table(results)}")
-    from deepspeed_inference.bench_hosts_plot import draw
+    from deepspeed_inference.benchmarks.hosts_plot import draw
 
     draw(results, arguments.output.with_suffix(".png"))
     return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def table(results: dict) -> str:
@@ -80,8 +80,8 @@ def main() -> None:
     quiet()
     import torch
 
-    from deepspeed_inference import bench_main_job as bench
-    from deepspeed_inference.benchmarking import measure_all
+    from deepspeed_inference.benchmarks import main_job as bench
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
 
     shape = {**bench.SHAPE_130M, "num_hidden_layers": arguments.layers}
     each = (arguments.rounds, arguments.decode_steps, shape)

@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def table(results: dict) -> str:
@@ -85,9 +85,9 @@ def _room(arm: dict) -> str:
 
 def main() -> None:
     quiet()
-    from deepspeed_inference import bench_state_cache as bench
-    from deepspeed_inference.bench_state_cache_plot import draw
-    from deepspeed_inference.benchmarking import measure_all
+    from deepspeed_inference.benchmarks import state_cache as bench
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
+    from deepspeed_inference.benchmarks.state_cache_plot import draw
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(

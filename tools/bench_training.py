@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def table(results: dict) -> str:
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/training.json"))
     arguments = parser.parse_args()
     quiet()
-    from deepspeed_inference import bench_training as bench
-    from deepspeed_inference.benchmarking import measure_all
+    from deepspeed_inference.benchmarks import training as bench
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
 
     rounds = {"ranks": arguments.rank_rounds, "transformers": arguments.rounds}
     if min(*rounds.values(), arguments.loss_steps) < 1:

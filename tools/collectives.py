@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def main() -> int:

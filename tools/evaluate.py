@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def main() -> int:
@@ -41,10 +41,10 @@ def main() -> int:
     quiet()
     from tqdm import tqdm
 
+    from deepspeed_inference.command_line.session import Session
     from deepspeed_inference.config import InferenceConfig
     from deepspeed_inference.demo_training.corpus import held_out_files
     from deepspeed_inference.evaluation import Score, score_files, score_positions, text_ids
-    from deepspeed_inference.session import Session
 
     try:
         held_out = held_out_files(Path(arguments.model)) if arguments.held_out else []

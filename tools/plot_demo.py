@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 
 def main() -> int:

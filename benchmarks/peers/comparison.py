@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from systems import System, make_systems, random_model
 
-from deepspeed_inference.benchmarking import interleaved, ratio
+from deepspeed_inference.benchmarks.benchmarking import interleaved, ratio
 from deepspeed_inference.hardware import read_bandwidth
 
 PAUSE = 0.01  # seconds; libgomp's threads spin for a few milliseconds

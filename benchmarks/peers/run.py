@@ -16,7 +16,7 @@ from pathlib import Path
 import installed
 import table
 
-from deepspeed_inference.quiet import quiet
+from deepspeed_inference.command_line.quiet import quiet
 
 SHAPES = {
     "mamba-130m": {"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280},
@@ -42,7 +42,7 @@ def main() -> None:
     quiet()
     from comparison import Sizes, compare
 
-    from deepspeed_inference.benchmarking import measure_all
+    from deepspeed_inference.benchmarks.benchmarking import measure_all
 
     sizes = Sizes(
         rounds=arguments.rounds,

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.demo_training.corpus import WindowReader, spread_rows
 from deepspeed_inference.demo_training.optimizer import ShardedAdamW
 from deepspeed_inference.demo_training.recipe import Recipe, new_model
 from deepspeed_inference.demo_training.shards import Shards
 from deepspeed_inference.placement import Placement
+from deepspeed_inference.state.context import SSMInferenceContext
 from deepspeed_inference.validation import in_range
 from megatron_ssm.families import family_of
 

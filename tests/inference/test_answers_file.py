@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from deepspeed_inference.answers_file import AnswersFile
+from deepspeed_inference.command_line.answers_file import AnswersFile
 
 SETTINGS = {"model": "m", "temperature": 0.5, "stop": ["a"], "fingerprint": None}
 

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from deepspeed_inference import bench_state_cache as bench
-from deepspeed_inference.bench_server import summary
-from deepspeed_inference.bench_state_cache_plot import draw
-from deepspeed_inference.benchmarking import measure_all
-from deepspeed_inference.request import Request
+from deepspeed_inference.batching.request import Request
+from deepspeed_inference.benchmarks import state_cache as bench
+from deepspeed_inference.benchmarks.benchmarking import measure_all
+from deepspeed_inference.benchmarks.server import summary
+from deepspeed_inference.benchmarks.state_cache_plot import draw
 
 VOCABULARY = 50280
 

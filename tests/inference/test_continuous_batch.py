@@ -12,8 +12,8 @@ import torch
 from ranks import RankContext
 from tiny import random_ids, tiny_checkpoint
 
+from deepspeed_inference.batching.request import Answer, Request
 from deepspeed_inference.engine import init_inference
-from deepspeed_inference.request import Answer, Request
 from deepspeed_inference.sampling import Sampling
 
 SMALL = {"batch_size": 3, "prefill_tokens": 64, "chunk_tokens": 24}

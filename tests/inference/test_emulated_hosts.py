@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_inference import emulated_hosts as module
-from deepspeed_inference.emulated_hosts import EmulationUnavailable, emulated_hosts, measure_link, on_hosts
+from deepspeed_inference.benchmarks import emulated_hosts as module
+from deepspeed_inference.benchmarks.emulated_hosts import EmulationUnavailable, emulated_hosts, measure_link, on_hosts
 
 GBIT = 1e9 / 8
 
@@ -149,7 +149,7 @@ def test_nothing_is_left_by_exceptions_signals_and_the_dead(clean):
     assert not _ours()
     handler = signal.getsignal(signal.SIGTERM)
     code = (
-        "import os, signal, time\nfrom deepspeed_inference.emulated_hosts import emulated_hosts\n"
+        "import os, signal, time\nfrom deepspeed_inference.benchmarks.emulated_hosts import emulated_hosts\n"
         "with emulated_hosts(1):\n print(os.getpid(), flush=True)\n time.sleep(100)\n"
     )
     for number, remains in ((signal.SIGTERM, 0), (signal.SIGKILL, 2)):

@@ -7,10 +7,11 @@ import torch
 from tiny import tiny_checkpoint
 
 import ssm_kernels
-from deepspeed_inference import cli, engine, init_inference, placement, session
+from deepspeed_inference import engine, init_inference, placement
+from deepspeed_inference.batching.request import Request
+from deepspeed_inference.command_line import cli, session
+from deepspeed_inference.command_line.prompts import Prompt
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.prompts import Prompt
-from deepspeed_inference.request import Request
 from deepspeed_inference.sampling import Sampling
 from megatron_ssm.overlap import Overlap
 from ssm_kernels.int8_weight import Int8Weight

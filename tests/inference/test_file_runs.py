@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from deepspeed_inference import batch_answers, cli
-from deepspeed_inference.answers_file import AnswersFile
+from deepspeed_inference.command_line import batch_answers, cli
+from deepspeed_inference.command_line.answers_file import AnswersFile
 from deepspeed_inference.config import InferenceConfig
 
 ROOT = Path(__file__).parents[2]

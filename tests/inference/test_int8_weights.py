@@ -18,7 +18,7 @@ from tiny_variants import ALL_VARIANTS, SHAPES, TOKENS, WIDE
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from deepspeed_inference import init_inference
-from deepspeed_inference.report import Measurements
+from deepspeed_inference.command_line.report import Measurements
 from megatron_ssm.checkpoint import load
 from megatron_ssm.families import family_of
 from megatron_ssm.layout import ParameterLayout

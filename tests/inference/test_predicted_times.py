@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from deepspeed_inference.bench_all_reduce import Cost, Layout, Speeds, exchange_cost, ring_cost, wins_from
-from deepspeed_inference.bench_hosts import Asked, Transport, replay
-from deepspeed_inference.emulated_hosts import MeasuredLink
+from deepspeed_inference.benchmarks.all_reduce import Cost, Layout, Speeds, exchange_cost, ring_cost, wins_from
+from deepspeed_inference.benchmarks.emulated_hosts import MeasuredLink
+from deepspeed_inference.benchmarks.hosts import Asked, Transport, replay
 from ssm_kernels.codecs import CODECS
 
 # 1 MB/s, 2 ms there and back.

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_ids, tiny_checkpoint
 
-from deepspeed_inference import init_inference, spill
-from deepspeed_inference import snapshot as snapshots
-from deepspeed_inference.prefix_cache import MIN_PIECE, Match, PrefixCache
-from deepspeed_inference.selection import Selection
-from deepspeed_inference.spill import Disk, HostMemory, SecondTier
+from deepspeed_inference import init_inference
+from deepspeed_inference.state import snapshot as snapshots
+from deepspeed_inference.state import spill
+from deepspeed_inference.state.prefix_cache import MIN_PIECE, Match, PrefixCache
+from deepspeed_inference.state.selection import Selection
+from deepspeed_inference.state.spill import Disk, HostMemory, SecondTier
 
 FIXED = 2 * 3 * 8 + 1 * 2 * 4  # bytes of a made-up context's state
 A_TOKEN = 2 * 1 * 2 * 4

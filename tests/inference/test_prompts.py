@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from deepspeed_inference.batch_answers import in_order
-from deepspeed_inference.prompts import Prompts, answer, check_output, check_readable, refusal
+from deepspeed_inference.command_line.batch_answers import in_order
+from deepspeed_inference.command_line.prompts import Prompts, answer, check_output, check_readable, refusal
 
 
 def _read(tmp_path, content: bytes, texts=()):

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed_inference.radix_tree import RadixTree
+from deepspeed_inference.state.radix_tree import RadixTree
 
 PREFIXES = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple)  # three ids: much is in common
 

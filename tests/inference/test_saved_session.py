@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_checkpoint
 
 from deepspeed_inference import init_inference
-from deepspeed_inference.context import SSMInferenceContext
-from deepspeed_inference.saved_session import ModelIdentity, load, save
-from deepspeed_inference.selection import Selection
+from deepspeed_inference.state.context import SSMInferenceContext
+from deepspeed_inference.state.saved_session import ModelIdentity, load, save
+from deepspeed_inference.state.selection import Selection
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 MODEL = ModelIdentity(fingerprint="0123", dtype=torch.float32)

@@ -9,8 +9,8 @@ import os
 import pytest
 import torch
 
-from deepspeed_inference import spill
-from deepspeed_inference.spill import Disk, HostMemory
+from deepspeed_inference.state import spill
+from deepspeed_inference.state.spill import Disk, HostMemory
 
 TENSORS = [
     torch.randn(2, 3, 5),

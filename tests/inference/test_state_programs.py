@@ -1,7 +1,7 @@
 """Whatever happens to states on the way, what follows a text is what follows it in one go.
 
 A program is any sequence of what can happen to the rows of a context: pieces of prompts, decode steps, forks, reorders,
-resets, sessions saved and loaded, prompts that begin with a prefix that the cache knows, or has evicted, or has spilled.
+resets, sessions saved and loaded, prompts that begin with a prefix that the cache knows, has evicted, or has spilled.
 After each of them the logits of the rows that it moved are compared with one prefill of their whole text.
 """
 
@@ -19,7 +19,7 @@ from ranks import RankContext
 from tiny import tiny_checkpoint
 
 from deepspeed_inference.engine import init_inference
-from deepspeed_inference.selection import Selection
+from deepspeed_inference.state.selection import Selection
 
 TOLERANCE = {"rtol": 3e-4, "atol": 3e-4}
 VOCABULARY = 96

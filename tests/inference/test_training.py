@@ -11,7 +11,7 @@ from tiny import VARIANTS, random_ids, tiny_model
 from tiny_variants import ALL_VARIANTS, sizes
 from transformers.core_model_loading import revert_weight_conversion
 
-from deepspeed_inference.context import SSMInferenceContext
+from deepspeed_inference.state.context import SSMInferenceContext
 from megatron_ssm.families import family_of
 
 

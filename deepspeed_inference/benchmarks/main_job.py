@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import ssm_kernels
-from deepspeed_inference.benchmarking import interleaved, on_ranks, ratio
+from deepspeed_inference.benchmarks.benchmarking import interleaved, on_ranks, ratio
 
 SHAPE_130M = {"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280}
 PROMPT = 512

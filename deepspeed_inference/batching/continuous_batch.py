@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from deepspeed_inference.batching.news import Newsroom
+from deepspeed_inference.batching.prefill import Prefills, Prompt
+from deepspeed_inference.batching.request import Answer, Request, problem_of
 from deepspeed_inference.config import OUTPUT_ORDERS
-from deepspeed_inference.context import SSMInferenceContext
-from deepspeed_inference.news import Newsroom
-from deepspeed_inference.prefill import Prefills, Prompt
-from deepspeed_inference.request import Answer, Request, problem_of
 from deepspeed_inference.sampling import choose_each
-from deepspeed_inference.selection import Selection
+from deepspeed_inference.state.context import SSMInferenceContext
+from deepspeed_inference.state.selection import Selection
 from deepspeed_inference.stop_texts import StopTexts
 from deepspeed_inference.validation import one_of
 

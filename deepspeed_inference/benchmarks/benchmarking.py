@@ -140,7 +140,7 @@ def _answers(pipes: list, timeout: float | None) -> list:
 
 
 def _rank_main(environment: dict, pipe, job: bytes) -> None:
-    from deepspeed_inference.quiet import quiet
+    from deepspeed_inference.command_line.quiet import quiet
 
     os.environ.update({name: str(value) for name, value in environment.items()})
     quiet()

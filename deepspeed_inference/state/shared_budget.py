@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepspeed_inference.snapshot import Payload, Snapshot
+from deepspeed_inference.state.snapshot import Payload, Snapshot
 
 
 class SharedBudget:

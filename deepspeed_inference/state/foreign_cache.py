@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from deepspeed_inference.context import SSMInferenceContext
 from deepspeed_inference.packing import Packing
+from deepspeed_inference.state.context import SSMInferenceContext
 from megatron_ssm.state import LayerState
 
 

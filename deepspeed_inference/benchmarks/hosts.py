@@ -23,10 +23,16 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from deepspeed_inference.bench_all_reduce import Cost, Layout, Speeds, exchange_cost, ring_cost, time_codec
-from deepspeed_inference.bench_main_job import SHAPE_130M
-from deepspeed_inference.benchmarking import interleaved, ratio
-from deepspeed_inference.emulated_hosts import MeasuredLink, emulated_hosts, measure_link, on_ranks_of, sent_bytes
+from deepspeed_inference.benchmarks.all_reduce import Cost, Layout, Speeds, exchange_cost, ring_cost, time_codec
+from deepspeed_inference.benchmarks.benchmarking import interleaved, ratio
+from deepspeed_inference.benchmarks.emulated_hosts import (
+    MeasuredLink,
+    emulated_hosts,
+    measure_link,
+    on_ranks_of,
+    sent_bytes,
+)
+from deepspeed_inference.benchmarks.main_job import SHAPE_130M
 from megatron_ssm.collectives import OUT_PROJ, X_PROJ, Reduction, Site
 from megatron_ssm.collectives.reduction import DoneHandle, Handle
 

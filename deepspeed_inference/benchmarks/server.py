@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from deepspeed_inference.batching.request import Answer, Request
 from deepspeed_inference.engine import SSMInferenceEngine
-from deepspeed_inference.prefix_cache import PrefixCache
-from deepspeed_inference.request import Answer, Request
+from deepspeed_inference.state.prefix_cache import PrefixCache
 
 
 class Server:

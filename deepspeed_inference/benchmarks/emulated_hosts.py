@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from socket import IPPROTO_TCP, SHUT_WR, TCP_NODELAY, create_connection, create_server, socket
 
-from deepspeed_inference.benchmarking import Launch, launched
+from deepspeed_inference.benchmarks.benchmarking import Launch, launched
 
 INTERFACE = "eth0"
 DEFAULT_TIMEOUT_SECONDS = 600.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_inference.request import Request
+from deepspeed_inference.batching.request import Request
 from megatron_ssm.collectives import Reduction
 
 

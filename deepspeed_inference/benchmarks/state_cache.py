@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepspeed_inference.bench_main_job import SHAPE_130M
-from deepspeed_inference.bench_server import Server, contents, make_cache, serving, summary
-from deepspeed_inference.benchmarking import on_ranks, ratio
+from deepspeed_inference.batching.request import GREEDY, Answer, Request
+from deepspeed_inference.benchmarks.benchmarking import on_ranks, ratio
+from deepspeed_inference.benchmarks.main_job import SHAPE_130M
+from deepspeed_inference.benchmarks.server import Server, contents, make_cache, serving, summary
 from deepspeed_inference.engine import SSMInferenceEngine, init_inference
 from deepspeed_inference.generate import stream
-from deepspeed_inference.prefix_cache import PrefixCache
-from deepspeed_inference.request import GREEDY, Answer, Request
 from deepspeed_inference.sampling import choose
+from deepspeed_inference.state.prefix_cache import PrefixCache
 
 MEASUREMENTS = ("prefix", "batch", "turns")
 WANTED = {"prefix_speedup": 40.0, "prefix_flatness": 1.3, "over_one_at_a_time": 3.0, "over_static_batches": 1.5}

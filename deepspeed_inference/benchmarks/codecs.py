@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 
-from deepspeed_inference.benchmarking import interleaved
+from deepspeed_inference.benchmarks.benchmarking import interleaved
 
 SHAPE = (1024, 4096)
 ROUNDS = 25

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from deepspeed_inference.batching.request import Answer
 from deepspeed_inference.engine import SSMInferenceEngine
-from deepspeed_inference.request import Answer
 from ssm_kernels.int8_weight import Int8Weight
 
 

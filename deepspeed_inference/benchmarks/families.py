@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from deepspeed_inference import bench_main_job
+from deepspeed_inference.benchmarks import main_job as bench_main_job
 
 MAMBA2_130M = {
     "model_type": "mamba2",

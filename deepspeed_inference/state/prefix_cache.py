@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from deepspeed_inference.radix_tree import RadixTree, Walk
-from deepspeed_inference.selection import Sequences
-from deepspeed_inference.shared_budget import SharedBudget
-from deepspeed_inference.snapshot import Payload, Snapshot, outline
-from deepspeed_inference.spill import SecondTier
+from deepspeed_inference.state.radix_tree import RadixTree, Walk
+from deepspeed_inference.state.selection import Sequences
+from deepspeed_inference.state.shared_budget import SharedBudget
+from deepspeed_inference.state.snapshot import Payload, Snapshot, outline
+from deepspeed_inference.state.spill import SecondTier
 
 MIN_PIECE = 64  # tokens: a prefill of fewer takes about as long, so it is not made for the sake of a regular cut
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from deepspeed_inference.benchmarking import interleaved, on_ranks, ratio
+from deepspeed_inference.benchmarks.benchmarking import interleaved, on_ranks, ratio
 
 SHORT, LONG = (1, 128), (2, 512)  # rows × length; transformers' time grows with the square of the length
 

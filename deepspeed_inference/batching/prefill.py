@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepspeed_inference.prefix_cache import PrefixCache
-from deepspeed_inference.radix_tree import common_length
-from deepspeed_inference.selection import Selection, Sequences
+from deepspeed_inference.state.prefix_cache import PrefixCache
+from deepspeed_inference.state.radix_tree import common_length
+from deepspeed_inference.state.selection import Selection, Sequences
 
 # A piece costs one reading of all weights however short it is: a few tokens that a budget has left over, or that
 # another prompt has computed too, are not worth one.

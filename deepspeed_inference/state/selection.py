@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from deepspeed_inference.context import SSMInferenceContext
+from deepspeed_inference.state.context import SSMInferenceContext
 from megatron_ssm.state import LayerState
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from deepspeed_inference.batching.request import Request, problem_of
+from deepspeed_inference.command_line.prompts import Prompt, answer
+from deepspeed_inference.command_line.report import Measurements
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.engine import init_inference
 from deepspeed_inference.generate import stream
 from deepspeed_inference.profile import Profile, take_profile
-from deepspeed_inference.prompts import Prompt, answer
-from deepspeed_inference.report import Measurements
-from deepspeed_inference.request import Request, problem_of
 from deepspeed_inference.sampling import Sampling
 from deepspeed_inference.stop_texts import StopTexts
 from deepspeed_inference.text_stream import TextStream

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from deepspeed_inference.radix_tree import Node
-from deepspeed_inference.selection import Sequences
+from deepspeed_inference.state.radix_tree import Node
+from deepspeed_inference.state.selection import Sequences
 
 PAGE_TOKENS = 256
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from deepspeed_inference.context import SSMInferenceContext
-from deepspeed_inference.selection import Selection, Sequences
+from deepspeed_inference.state.context import SSMInferenceContext
+from deepspeed_inference.state.selection import Selection, Sequences
 from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS, checksum
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.families.tables import StateLayout

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from deepspeed_inference.answers_file import AnswersFile
+from deepspeed_inference.command_line.answers_file import AnswersFile
+from deepspeed_inference.command_line.prompts import Prompts, check_output, check_readable
+from deepspeed_inference.command_line.quiet import quiet
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.prompts import Prompts, check_output, check_readable
-from deepspeed_inference.quiet import quiet
 
 DEMO_PROMPTS = ["def "]
 PROFILED_TOKENS = 512  # of the demo prompt over and over, where none is given
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(config: InferenceConfig, texts: list[str]) -> int:
     # The heavy imports, after quiet() and after --help.
-    from deepspeed_inference.session import Session
+    from deepspeed_inference.command_line.session import Session
     from megatron_ssm.collectives import ReductionError
 
     try:
@@ -86,7 +86,7 @@ def _stream(session, config: InferenceConfig, texts: list[str]) -> int:
 
 def _answer_all(session, config: InferenceConfig, texts: list[str]) -> int:
     """Prompts of a file, or of the command line where replicas share them."""
-    from deepspeed_inference.batch_answers import Progress, answers, in_order
+    from deepspeed_inference.command_line.batch_answers import Progress, answers, in_order
 
     for prompt in Prompts(texts, None):
         session.check(prompt)
@@ -120,7 +120,7 @@ def _profile(session, config: InferenceConfig, texts: list[str]) -> int:
 
 
 def _tell_numbers(session, config: InferenceConfig) -> None:
-    from deepspeed_inference.report import table
+    from deepspeed_inference.command_line.report import table
 
     summary = session.summary()
     if summary is not None:

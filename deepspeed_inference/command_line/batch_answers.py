@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from deepspeed_inference.prompts import Prompt, answer, refusal
-from deepspeed_inference.request import Answer
+from deepspeed_inference.batching.request import Answer
+from deepspeed_inference.command_line.prompts import Prompt, answer, refusal
 
 if TYPE_CHECKING:
-    from deepspeed_inference.session import Session
+    from deepspeed_inference.command_line.session import Session
 
 SLOTFULS_A_ROUND = 8  # prompts that a replica takes at a time, for each of its slots
 SECONDS_BETWEEN_LOOKS = 0.2  # at the progress bar

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-from deepspeed_inference.benchmarking import interleaved, on_ranks, ratio
-from deepspeed_inference.emulated_hosts import (
+from deepspeed_inference.benchmarks.benchmarking import interleaved, on_ranks, ratio
+from deepspeed_inference.benchmarks.emulated_hosts import (
     THIS_MACHINE,
     MeasuredLink,
     emulated_hosts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deepspeed_inference.config import InferenceConfig
-from deepspeed_inference.context import dtype_of, layers_by_state
+from deepspeed_inference.state.context import dtype_of, layers_by_state
 from megatron_ssm.families import Family
 from megatron_ssm.layout import ParameterLayout
 from ssm_kernels.int8_weight import GROUP

@@ -1,0 +1,1 @@
+"""What is measured, and how; the scripts are in tools/, the results in benchmarks/."""

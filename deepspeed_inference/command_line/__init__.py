@@ -1,0 +1,1 @@
+"""The main job: prompts in, answers out."""

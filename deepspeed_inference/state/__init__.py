@@ -1,0 +1,1 @@
+"""What sequences leave behind: contexts, snapshots at prefixes, sessions on disk."""
