@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python tools/bench_main_job.py $(ARGS)
 	$(BIN)/python tools/bench_families.py
 	$(BIN)/python tools/bench_training.py
+	$(BIN)/python tools/bench_state_cache.py
 
 # Emulates hosts by network namespaces, which needs root.
 bench-hosts: $(READY)
