@@ -57,7 +57,7 @@ def init_inference(
     Args:
         model: a checkpoint directory, a hub id, or a Hugging Face model, whose modules are then replaced in place.
         config: an InferenceConfig, its options, or a YAML preset; `keywords` go over it.
-        announce: called on every rank with the memory that it will need, before any of it is allocated.
+        announce: called on the first rank with the memory that each will need, before any of it is allocated.
         keywords: fields of InferenceConfig, for example `tensor_parallel={"tp_size": 2}, dtype=torch.float32`.
 
     Raises:
@@ -66,7 +66,7 @@ def init_inference(
     options = options_of(model, config, keywords)
     place = Placement.of(options)
     opened = place.reduction.together(lambda: open_model(model, options, place.reduction.size))
-    if announce is not None:
+    if announce is not None and place.is_first:
         announce(opened.memory)
     show = options.progress and place.is_first
 

@@ -164,7 +164,7 @@ class ContinuousBatch(Iterator[Answer]):
         self._known.add(request.id)
         ends = self._engine.eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
         texts = None if self._tokenizer is None else StopTexts(self._tokenizer, request.stop)
-        self._waiting.append(_Running(request, number, time.perf_counter(), texts, frozenset(ends)))
+        self._waiting.append(_Running(request, number, time.perf_counter(), texts, frozenset(map(int, ends))))
 
     def _admit(self) -> None:
         if self._waiting and self._pool is None:
@@ -174,7 +174,7 @@ class ContinuousBatch(Iterator[Answer]):
             for state in self._pool.fixed(slot):
                 state.zero_()
             self._pool.place(slot, 0)
-            running.prompt = self._prefills.add(slot, np.asarray(running.request.prompt, dtype=np.int64))
+            running.prompt = self._prefills.add(slot, running.request.prompt)
             self._running.append(running)
 
     def _make_pool(self) -> None:

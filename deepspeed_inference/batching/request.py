@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from deepspeed_inference.sampling import Sampling
 from deepspeed_inference.validation import in_range
 
 GREEDY = Sampling()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One prompt to be continued.
 
     Args:
         id: by which its answer is known; no other request of the run has it.
-        prompt: ids of its tokens.
+        prompt: ids of its tokens; kept as [n] int64.
         max_new_tokens: at most so many follow.
         sampling: how they are chosen.
         noise_stream: which stream of noise it samples from; None for its number in the run.
@@ -29,7 +31,7 @@ class Request:
     """
 
     id: Hashable
-    prompt: Sequence[int]
+    prompt: Sequence[int] | np.ndarray
     max_new_tokens: int = 128
     sampling: Sampling = GREEDY
     noise_stream: int | None = None
@@ -37,6 +39,11 @@ class Request:
     stop: Sequence[str] = ()
 
     def __post_init__(self):
+        if not isinstance(self.id, Hashable):
+            raise ValueError(f"id: expected something hashable, such as a number or a text, found {self.id!r}")
+        object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
+        if self.eos_token_ids is not None:
+            object.__setattr__(self, "eos_token_ids", token_ids("eos_token_ids", self.eos_token_ids))
         in_range("max_new_tokens", self.max_new_tokens, int, lambda value: value >= 1, "a positive integer")
         in_range("noise_stream", self.noise_stream, int, lambda value: value >= 0, "an integer from 0", optional=True)
         if not isinstance(self.sampling, Sampling):
@@ -72,11 +79,22 @@ class Answer:
     seconds: float = 0.0
 
 
+def token_ids(name: str, ids: Sequence[int]) -> np.ndarray:
+    """[n] int64, of any sequence of integers; raises ValueError where it is something else."""
+    try:
+        found = np.asarray(ids)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected a list of token ids: {error}") from error
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: expected a list of token ids, found {found.dtype} {list(found.shape)}")
+    return found.astype(np.int64)
+
+
 def problem_of(request: Request, *, vocab_size: int, max_length: int | None, has_tokenizer: bool) -> str | None:
     """Why a model cannot run the request; None where it can."""
-    if not len(request.prompt):
+    if not request.prompt.size:
         return "the prompt is empty"
-    highest, lowest = max(request.prompt), min(request.prompt)
+    highest, lowest = request.prompt.max(), request.prompt.min()
     if not 0 <= lowest <= highest < vocab_size:
         return f"expected token ids in 0..{vocab_size - 1}, found {highest if highest >= vocab_size else lowest}"
     length = len(request.prompt) + request.max_new_tokens

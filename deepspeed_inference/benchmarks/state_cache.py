@@ -297,7 +297,7 @@ def run_static(engine: SSMInferenceEngine, requests: Sequence[Request], slots: i
         width = max(len(request.prompt) for request in batch)
         ids = torch.ones((len(batch), width), dtype=torch.int64)
         for row, request in enumerate(batch):
-            ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
+            ids[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
         most = max(request.max_new_tokens for request in batch)
         with serving(engine, None):
             for _ in stream(engine, ids, max_new_tokens=most, sampling=GREEDY):

@@ -93,8 +93,6 @@ def _answer_all(session, config: InferenceConfig, texts: list[str]) -> int:
     prompts = session.first_does(lambda: Prompts(texts, config.prompts))
     if prompts is None:
         prompts = Prompts([], None)  # the first rank tells this one what to do
-    if not config.json:
-        session.say("\n".join(session.engine.memory.lines()), file=sys.stderr)
     with _output(session, config, prompts) as file:
         done, refused = (file.kept.done, file.kept.refused) if file is not None else (frozenset(), 0)
         if done:
@@ -144,7 +142,7 @@ def _depends_on(session, config: InferenceConfig, prompts: Prompts) -> dict:
     engine = session.engine
     options = {name: getattr(config, name) for name in ANSWERS_DEPEND_ON}
     options["quantized_all_reduce"] = str(options["quantized_all_reduce"])
-    model = {"model": str(config.model), "fingerprint": getattr(engine, "fingerprint", None)}
+    model = {"model": str(config.model), "fingerprint": engine.identity.fingerprint}
     dtypes = {"dtype": str(engine.dtype), "state_dtype": str(config.state_dtype)}
     return {**model, **dtypes, **options, "prompts": prompts.digest}
 

@@ -20,6 +20,7 @@ from deepspeed_inference.engine import init_inference
 from deepspeed_inference.generate import stream
 from deepspeed_inference.profile import Profile, take_profile
 from deepspeed_inference.sampling import Sampling
+from deepspeed_inference.state.memory_figures import MemoryFigures
 from deepspeed_inference.stop_texts import StopTexts
 from deepspeed_inference.text_stream import TextStream
 from megatron_ssm.collectives import make_reduction
@@ -35,7 +36,10 @@ class Session:
     def __init__(self, config: InferenceConfig):
         self.config = config
         self.shows_progress = config.progress and not config.json
-        self.engine = init_inference(config=replace(config, progress=self.shows_progress))
+        tells_memory = config.prompts is not None and not config.json
+        self.engine = init_inference(
+            config=replace(config, progress=self.shows_progress), announce=_tell_memory if tells_memory else None
+        )
         self.tokenizer = _read_tokenizer(self.engine.directory)
         groups = self.engine.groups
         self.is_first = groups.replica == 0 and self.engine.reduction.rank == 0
@@ -108,7 +112,7 @@ class Session:
 
     def profile(self, prompt: Prompt, tokens: int | None = None) -> Profile:
         """Where the time of a step goes, behind a prompt, or behind so many `tokens` of it over and over."""
-        ids = torch.tensor([self.check(prompt).prompt])
+        ids = torch.from_numpy(self.check(prompt).prompt).unsqueeze(0)
         if tokens is not None:
             ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
         return take_profile(self.engine, ids)
@@ -119,7 +123,7 @@ class Session:
         self.measurements.begin()
         steps = stream(
             self.engine,
-            torch.tensor([request.prompt]),
+            torch.from_numpy(request.prompt).unsqueeze(0),
             max_new_tokens=request.max_new_tokens,
             sampling=request.sampling,
             eos_token_ids=ends,
@@ -144,6 +148,10 @@ class Session:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer(prompt.text)["input_ids"]
+
+
+def _tell_memory(memory: MemoryFigures) -> None:
+    print("\n".join(memory.lines()), file=sys.stderr, flush=True)
 
 
 def _read_tokenizer(directory: Path):

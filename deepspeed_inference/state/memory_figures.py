@@ -94,7 +94,8 @@ class MemoryFigures:
 
 
 def _weight_bytes(layout: ParameterLayout, ranks: int, dtype: torch.dtype, options: InferenceConfig) -> int:
-    count = torch.Size(layout.local_shape(ranks)).numel()
+    shape = torch.Size(layout.local_shape(ranks))
     if options.weights is not None and layout.takes_fewer_bits:
-        return count + count // GROUP * dtype.itemsize  # a byte each, and a scale for every group
-    return count * (torch.promote_types(dtype, torch.float32) if layout.keep_fp32 else dtype).itemsize
+        groups = -(-shape[-1] // GROUP)  # a byte each, and a scale for every group of a row
+        return shape.numel() + shape[:-1].numel() * groups * dtype.itemsize
+    return shape.numel() * (torch.promote_types(dtype, torch.float32) if layout.keep_fp32 else dtype).itemsize

@@ -47,7 +47,7 @@ def _alone(engine, request: Request, number: int) -> list[int]:
     if sampling.temperature:  # the number is the stream of noise, which generate counts by rows
         again = Request(**{**vars(request), "noise_stream": number})
         return list(next(iter(engine.run([again]))).tokens)
-    ids = torch.tensor([request.prompt])
+    ids = torch.from_numpy(request.prompt).unsqueeze(0)
     return engine.generate(ids, max_new_tokens=request.max_new_tokens, eos_token_id=[])[0, ids.shape[1] :].tolist()
 
 
@@ -132,6 +132,11 @@ def _without_times(answer: Answer) -> Answer:
 
 def test_values_of_the_wrong_kind():
     for options, error in [
+        ({"id": []}, "id: expected something hashable"),
+        ({"prompt": "def f"}, "prompt: expected a list of token ids, found <U5"),
+        ({"prompt": [1.5, 2.0]}, "prompt: expected a list of token ids, found float64"),
+        ({"prompt": [[1, 2]]}, r"prompt: expected a list of token ids, found int64 \[1, 2\]"),
+        ({"eos_token_ids": 7}, "eos_token_ids: expected a list of token ids"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a positive integer, found 0"),
         ({"noise_stream": -1}, "noise_stream: expected an integer from 0, found -1"),
         ({"sampling": 0.7}, "sampling: expected a Sampling, found 0.7"),
@@ -139,7 +144,7 @@ def test_values_of_the_wrong_kind():
         ({"stop": [""]}, "stop: expected a list of texts of at least one character"),
     ]:
         with pytest.raises(ValueError, match=error):
-            Request(id=0, prompt=[1], **options)
+            Request(**{"id": 0, "prompt": [1], **options})
 
 
 def _cancelling(context: RankContext, checkpoint) -> None:
