@@ -79,13 +79,16 @@ class _Recording:
 
     def record(self, ids: Tensor, context: Sequences, step: Callable[[Tensor, Sequences], Tensor]) -> Tensor:
         self.tape = Tape()
-        self._ids, self._context = ids.clone(), context.as_recorded()
+        # Of the context only this is kept, for it keeps the recording.
+        own = context.as_recorded()
+        self._ids, self._indices = ids.clone(), own.indices
         with self.tape.recording():
-            self._result = step(self._ids, self._context)
+            self._result = step(self._ids, own)
         return self._result.clone()
 
     def play(self, ids: Tensor, context: Sequences) -> Tensor:
         self._ids.copy_(ids)
-        self._context.point_to(context)
+        if self._indices is not None:
+            self._indices.copy_(context.indices)
         self.tape.play()
         return self._result.clone()

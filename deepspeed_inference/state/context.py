@@ -130,13 +130,11 @@ class SSMInferenceContext(Cache):
     def recorded(self, recording: Any) -> None:
         self.recordings[None] = recording
 
+    indices = None  # row i is slot i
+
     def as_recorded(self) -> SSMInferenceContext:
         """What a recording is to read: the context itself."""
         return self
-
-    def point_to(self, other: SSMInferenceContext) -> None:
-        """Make a recording of this one run on another: there is none but itself."""
-        assert other is self
 
     @property
     def grows(self) -> bool:

@@ -104,10 +104,6 @@ class Selection:
         """The same slots behind memory of its own, which a recording reads."""
         return Selection(self.pool, self.slots.clone())
 
-    def point_to(self, other: Selection) -> None:
-        """Make a recording of this one run on another's slots."""
-        self.indices.copy_(other.indices)
-
     def free(self) -> None:
         """Free the whole context: a step failed in the middle of its layers."""
         self.pool.free()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from ranks import RankContext
 from tiny import tiny_checkpoint
 
 from deepspeed_inference.engine import init_inference
+from deepspeed_inference.state.selection import Selection
 from megatron_ssm.collectives import ReductionError
 from ssm_kernels.linear import MOST_ROWS
 
@@ -138,3 +142,33 @@ def _lose_a_rank(context: RankContext, checkpoint) -> None:
 
 def test_a_rank_that_leaves_is_named_by_a_played_step(ranks):
     ranks(_lose_a_rank, 2, tiny_checkpoint())
+
+
+@pytest.mark.parametrize("family", PLAYED)
+def test_of_any_slots_of_a_pool(family):
+    """One recording of two slots serves whichever two are asked for."""
+    orders = ([3, 1], [3, 1], [0, 2], [1, 3], [2, 0], [3, 0])
+    results = []
+    for record in (True, False):
+        engine = init_inference(tiny_checkpoint(family), record_decode=record)
+        pool = engine.new_context(4)
+        engine.prefill(torch.tensor([[5, 3, 8], [2, 7, 4], [1, 1, 9], [6, 2, 2]]), pool)
+        steps = [engine.decode(torch.tensor([4, 9]), Selection(pool, slots)) for slots in orders]
+        results.append(torch.stack(steps))
+        assert (pool.recordings.get(2) is not None and pool.recordings[2].tape is not None) == record
+    assert torch.equal(*results)
+
+
+def test_it_does_not_keep_its_context():
+    engine = init_inference(tiny_checkpoint())
+    context = engine.new_context(3)
+    for rows in (context, Selection(context, [2, 0])):
+        for _ in range(3):
+            engine.decode(torch.ones(rows.batch_size, dtype=torch.int64), rows)
+    gone = weakref.ref(context)
+    gc.disable()
+    try:
+        del context, rows
+        assert gone() is None
+    finally:
+        gc.enable()
