@@ -156,6 +156,8 @@ void drive_causal_conv1d() {
     for (const int64_t length : drive::kLengths)
       for (int64_t width = 2; width <= 8; ++width)
         run({drive::pick(1, 20), width, drive::coin()}, Batch::around(length, drive::coin()), mixed, 1);
+    for (const int64_t channels : drive::kWidths)  // the decode step's own loop
+      run({channels, 4, drive::coin()}, Batch(std::vector<int64_t>(drive::pick(1, 10), 1), false), mixed, 1);
     drive::with_special_numbers([&] { run({33, 4, 1}, Batch::around(33, mixed), mixed, 1); });
     run({65, 4, 1}, Batch({1009, 1009}, mixed), mixed, 2);  // enough work for two threads
   }

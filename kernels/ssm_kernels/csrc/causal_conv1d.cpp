@@ -4,12 +4,16 @@
 //
 // Lanes are channels. A window of K - 1 past rows and 32 new ones, 64 channels wide, is held in fp32: out[t] reads rows
 // t .. t + K - 1 of it. The last K - 1 rows are the state, and the first rows of the next window.
+//
+// The decode step, one token of each sequence, has no use for a window: where K is 4, the state of 16 channels is three
+// vectors that lie side by side, and stays in registers from its load to its store. A few sequences share the taps.
 
 #include "rows.h"
 
 namespace {
 
 constexpr int kTile = 32;      // tokens
+constexpr int kStepRows = 8;   // sequences that take a step together
 constexpr int kMaxWidth = 8;   // MAX_WIDTH in cpu/causal_conv1d.py
 constexpr int kWindowRows = kMaxWidth - 1 + kTile;
 constexpr int64_t kParallelWork = 1 << 17;  // outputs; less takes about 20 us, and other threads are not worth waking
@@ -17,6 +21,10 @@ constexpr int64_t kParallelWork = 1 << 17;  // outputs; less takes about 20 us, 
 struct ConvState {
   char* data;  // [slots, C, K - 1] in the dtype of x, or null
   int64_t slot_stride, channel_stride;
+
+  char* at(bool is_bf16, int64_t slot, int64_t channel) const {
+    return data + (slot * slot_stride + channel * channel_stride) * (is_bf16 ? 2 : 4);
+  }
 };
 
 // Packed by cpu/causal_conv1d.py: every field has 8 bytes. Order matters.
@@ -39,6 +47,18 @@ struct ConvGradients {
   float *weight, *bias;  // [C, K], [C]; bias may be null
 };
 
+// 16 numbers side by side.
+inline vfloat load_vector(const char* data, bool is_bf16) {
+  return is_bf16 ? load(reinterpret_cast<const uint16_t*>(data)) : load(reinterpret_cast<const float*>(data));
+}
+
+inline void store_vector(char* data, bool is_bf16, vfloat v) {
+  if (is_bf16)
+    store(reinterpret_cast<uint16_t*>(data), v);
+  else
+    store(reinterpret_cast<float*>(data), v);
+}
+
 float element(const char* data, bool is_bf16, int64_t index) {
   return is_bf16 ? bf16_to_float(reinterpret_cast<const uint16_t*>(data)[index])
                  : reinterpret_cast<const float*>(data)[index];
@@ -49,10 +69,12 @@ struct Taps {
 };
 
 // Four numbers of each of 16 channels, as they lie in memory, to lanes of channels.
-void from_fours(const float* values, vfloat* lanes) {
+inline void from_fours(const char* values, bool is_bf16, vfloat* lanes) {
+  const int bytes = 2 * kLanes * (is_bf16 ? 2 : 4);
   vfloat low[2], high[2];  // of numbers 0 and 1, of numbers 2 and 3; channels 0 to 7, then 8 to 15
   for (int half = 0; half < 2; ++half) {
-    const vfloat a = load(values + half * 2 * kLanes), b = load(values + half * 2 * kLanes + kLanes);
+    const vfloat a = load_vector(values + half * bytes, is_bf16);
+    const vfloat b = load_vector(values + half * bytes + bytes / 2, is_bf16);
     low[half] = SHUFFLE(a, b, 0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     high[half] = SHUFFLE(a, b, 2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
   }
@@ -63,20 +85,16 @@ void from_fours(const float* values, vfloat* lanes) {
   }
 }
 
-Taps load_taps(const ConvArguments& args, int64_t channel) {
-  Taps taps = {};
+inline Taps load_taps(const ConvArguments& args, int64_t channel) {
+  Taps taps;
   const int64_t channels = std::min<int64_t>(kLanes, args.channels - channel);
   if (args.width == 4 && args.weight_stride == 4 && channels == kLanes) {
-    float weight[4 * kLanes], bias[kLanes];
     const auto at = [](const char* data, bool is_bf16, int64_t index) { return data + index * (is_bf16 ? 2 : 4); };
-    load_row(at(args.weight, args.weight_is_bf16, channel * 4), args.weight_is_bf16, 4 * kLanes, weight);
-    from_fours(weight, taps.weight);
-    if (args.bias) {
-      load_row(at(args.bias, args.bias_is_bf16, channel), args.bias_is_bf16, kLanes, bias);
-      taps.bias = load(bias);
-    }
+    from_fours(at(args.weight, args.weight_is_bf16, channel * 4), args.weight_is_bf16, taps.weight);
+    taps.bias = args.bias ? load_vector(at(args.bias, args.bias_is_bf16, channel), args.bias_is_bf16) : vfloat{};
     return taps;
   }
+  taps = Taps();
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t k = 0; k < args.width; ++k)
       taps.weight[k][c] = element(args.weight, args.weight_is_bf16, (channel + c) * args.weight_stride + k);
@@ -86,8 +104,10 @@ Taps load_taps(const ConvArguments& args, int64_t channel) {
 }
 
 // Three numbers of each of 16 channels, as they lie in memory, to lanes of channels, and back.
-void from_threes(const float* values, vfloat* lanes) {
-  const vfloat a = load(values), b = load(values + kLanes), c = load(values + 2 * kLanes);
+inline void from_threes(const char* values, bool is_bf16, vfloat* lanes) {
+  const int bytes = kLanes * (is_bf16 ? 2 : 4);
+  const vfloat a = load_vector(values, is_bf16), b = load_vector(values + bytes, is_bf16);
+  const vfloat c = load_vector(values + 2 * bytes, is_bf16);
   const vfloat first = SHUFFLE(a, b, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0);
   const vfloat second = SHUFFLE(a, b, 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0);
   const vfloat third = SHUFFLE(a, b, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0);
@@ -96,22 +116,20 @@ void from_threes(const float* values, vfloat* lanes) {
   lanes[2] = SHUFFLE(third, c, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31);
 }
 
-void to_threes(const vfloat* lanes, float* values) {
+inline void to_threes(const vfloat* lanes, char* values, bool is_bf16) {
+  const int bytes = kLanes * (is_bf16 ? 2 : 4);
   const vfloat a = SHUFFLE(lanes[0], lanes[1], 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
   const vfloat b = SHUFFLE(lanes[0], lanes[1], 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
   const vfloat c = SHUFFLE(lanes[0], lanes[1], 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
-  store(values, SHUFFLE(a, lanes[2], 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15));
-  store(values + kLanes, SHUFFLE(b, lanes[2], 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15));
-  store(values + 2 * kLanes, SHUFFLE(c, lanes[2], 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31));
+  store_vector(values, is_bf16, SHUFFLE(a, lanes[2], 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15));
+  store_vector(values + bytes, is_bf16, SHUFFLE(b, lanes[2], 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15));
+  store_vector(values + 2 * bytes, is_bf16,
+               SHUFFLE(c, lanes[2], 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31));
 }
 
 // How many of a group's channels have a state that `from_threes` takes, in whole vectors.
 int channels_of_threes(const ConvState& state, int past, int channels) {
   return past == 3 && state.channel_stride == 3 ? channels / kLanes * kLanes : 0;
-}
-
-char* state_at(const ConvState& state, bool is_bf16, int64_t slot, int64_t channel) {
-  return state.data + (slot * state.slot_stride + channel * state.channel_stride) * (is_bf16 ? 2 : 4);
 }
 
 // State [C, K - 1] of one group to window rows.
@@ -121,10 +139,8 @@ void load_state(const ConvState& state, bool is_bf16, int64_t slot, int64_t chan
   if (!state.data) return;
   const int in_threes = channels_of_threes(state, past, channels);
   for (int c = 0; c < in_threes; c += kLanes) {
-    float values[3 * kLanes];
     vfloat lanes[3];
-    load_row(state_at(state, is_bf16, slot, channel + c), is_bf16, 3 * kLanes, values);
-    from_threes(values, lanes);
+    from_threes(state.at(is_bf16, slot, channel + c), is_bf16, lanes);
     for (int k = 0; k < 3; ++k) store(window + k * kGroup + c, lanes[k]);
   }
   for (int c = in_threes; c < channels; ++c)
@@ -138,10 +154,8 @@ void store_state(const float* window, const ConvState& state, bool is_bf16, int6
   if (!state.data) return;
   const int in_threes = channels_of_threes(state, past, channels);
   for (int c = 0; c < in_threes; c += kLanes) {
-    float values[3 * kLanes];
     const vfloat lanes[3] = {load(window + c), load(window + kGroup + c), load(window + 2 * kGroup + c)};
-    to_threes(lanes, values);
-    store_row(state_at(state, is_bf16, slot, channel + c), is_bf16, 3 * kLanes, values);
+    to_threes(lanes, state.at(is_bf16, slot, channel + c), is_bf16);
   }
   for (int k = 0; k < past && in_threes < channels; ++k) {
     const float* row = window + k * kGroup;
@@ -189,6 +203,43 @@ void forward_group(const ConvArguments& args, int64_t sequence, int64_t group) {
     std::memmove(window, window + tokens * kGroup, kPast * kGroup * sizeof(float));
   }
   store_state(window, args.final, args.x.is_bf16, slot, channel, channels, kPast);
+}
+
+// Whether all channels of the group have a state, if any, that `from_threes` takes; K is 4.
+bool all_in_threes(const ConvArguments& args, int64_t group) {
+  const int channels = channels_of_group(group, args.channels);
+  for (const ConvState* state : {&args.initial, &args.final})
+    if (state->data && channels_of_threes(*state, 3, channels) != channels) return false;
+  return channels % kLanes == 0;
+}
+
+// One token of up to kStepRows sequences, 16 channels of each. The activation comes last, for all of them: it is one
+// long chain of operations, and several chains can be under way together.
+void step_of_threes(const ConvArguments& args, int64_t first_sequence, int64_t count, int64_t channel) {
+  const Taps taps = load_taps(args, channel);
+  const bool is_bf16 = args.x.is_bf16;
+  vfloat y[kStepRows];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t sequence = first_sequence + i, slot = args.slots.of(sequence);
+    vfloat x[4] = {};
+    if (args.initial.data) from_threes(args.initial.at(is_bf16, slot, channel), is_bf16, x);
+    x[3] = load_vector(args.x.at(sequence, 0, channel), is_bf16);
+    vfloat total = taps.bias;
+    for (int k = 0; k < 4; ++k) total += taps.weight[k] * x[k];
+    y[i] = total;
+    if (args.final.data) to_threes(x + 1, args.final.at(is_bf16, slot, channel), is_bf16);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    store_vector(args.out.at(first_sequence + i, 0, channel), args.out.is_bf16, args.silu ? silu(y[i]) : y[i]);
+}
+
+// `count` sequences of one token, one group of channels; K is 4.
+void step_group(const ConvArguments& args, int64_t first_sequence, int64_t count, int64_t group) {
+  if (all_in_threes(args, group))
+    for (int block = 0; block < blocks_of_group(group, args.channels); ++block)
+      step_of_threes(args, first_sequence, count, group * kGroup + block * kLanes);
+  else
+    for (int64_t i = 0; i < count; ++i) forward_group<4>(args, first_sequence + i, group);
 }
 
 // The gradient of x has the window's rows: out[t] gives to rows t .. t + K - 1. A row is complete, and leaves, once the
@@ -307,9 +358,16 @@ void for_each(int64_t items, const ConvArguments& args, const Run& run) {
 extern "C" int64_t causal_conv1d_forward(const void* packed) {
   const ConvArguments& args = *static_cast<const ConvArguments*>(packed);
   if (!args.slots.in_range(args.sequences.count)) return kSlotOutOfRange;
-  const int64_t groups = groups_of(args.channels);
-  for_each(args.sequences.count * groups, args,
-           [&](int64_t item) { kForward[args.width](args, item / groups, item % groups); });
+  const int64_t groups = groups_of(args.channels), sequences = args.sequences.count;
+  const bool one_step = !args.sequences.starts && args.sequences.padded_length == 1;
+  const int64_t rows = one_step && args.width == 4 ? kStepRows : 1;
+  for_each((sequences + rows - 1) / rows * groups, args, [&](int64_t item) {
+    const int64_t first = item / groups * rows, group = item % groups;
+    if (rows == 1)
+      kForward[args.width](args, first, group);
+    else
+      step_group(args, first, std::min(rows, sequences - first), group);
+  });
   return 0;
 }
 

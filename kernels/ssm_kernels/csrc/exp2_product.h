@@ -16,14 +16,13 @@
 #if defined(__AVX512F__)
 class Exp2Product {
  public:
-  // e[i] = 2^(x y[i]); 2^-126 where that is less, infinity where fp32 ends, and NaN stays.
+  // e[i] = 2^product[i]; 2^-126 where that is less, infinity where fp32 ends, and NaN stays.
   template <int kCount>
-  void operator()(vfloat x, const vfloat* y, vfloat* e) const {
+  void operator()(const vfloat* product, vfloat* e) const {
     __m512 r[kCount];
     __m512i n[kCount];
-    const __m512 a = (__m512)x;
     // In this order of the operands a NaN passes through.
-    for (int i = 0; i < kCount; ++i) r[i] = _mm512_max_ps(lowest_, _mm512_mul_ps(a, (__m512)y[i]));
+    for (int i = 0; i < kCount; ++i) r[i] = _mm512_max_ps(lowest_, (__m512)product[i]);
     // As integers the sums have the same order. Above the highest, what is left to the polynomial is large enough.
     for (int i = 0; i < kCount; ++i)
       n[i] = _mm512_min_epi32(_mm512_castps_si512(_mm512_add_ps(r[i], shift_)), highest_);
@@ -52,8 +51,8 @@ class Exp2Product {
 #else
 struct Exp2Product {
   template <int kCount>
-  void operator()(vfloat x, const vfloat* y, vfloat* e) const {
-    for (int i = 0; i < kCount; ++i) e[i] = exp2(x * y[i]);
+  void operator()(const vfloat* product, vfloat* e) const {
+    for (int i = 0; i < kCount; ++i) e[i] = exp2(product[i]);
   }
 };
 #endif

@@ -5,6 +5,10 @@
 // Lanes are 16 channels, and the N states of those channels are N vectors that stay in registers while time runs. The
 // exponential is the cost: A arrives multiplied by log2(e), so that each decay is one multiplication and one 2^v.
 // Tiles of 32 tokens by 64 channels are converted to fp32 and prepared (softplus, dt * x) before the time loop.
+//
+// In a step the lanes are 16 states of one channel, as they lie in memory: turning the state into lanes of channels and
+// back would cost more than the step. A step reads and writes the whole state, which for many sequences lies beyond the
+// caches: while one group of channels is computed, the state of the next is on its way.
 
 #include "exp2_product.h"
 #include "selective_scan.h"
@@ -33,8 +37,10 @@ void scan_block(int tokens, int states, const float* dt, const float* u, const f
     vfloat total[2] = {};  // two, so that the additions do not wait for one another
 #pragma GCC unroll 16
     for (int first = 0; first < count; first += kTogether) {
-      vfloat decay[kTogether];
-      exp2_product.operator()<kTogether>(dt_t, a + first, decay);
+      vfloat product[kTogether], decay[kTogether];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTogether; ++k) product[k] = dt_t * a[first + k];
+      exp2_product.operator()<kTogether>(product, decay);
 #pragma GCC unroll 4
       for (int k = 0; k < kTogether; ++k) {
         const int n = first + k;
@@ -161,36 +167,103 @@ void scan_group(const ScanArguments& args, const StateRows& b, const StateRows& 
   }
 }
 
-// One token. Turning the state into lanes of channels and back would cost more than the step, so here the lanes are 16
-// states of one channel, as they lie in memory; N is a multiple of 16.
+// The state of one sequence before or after a step, [channels of the group][N]. Where the caller has none, all channels
+// share one row: of zeros, or one that nobody reads.
 template <class Element>
-void step_group(const ScanArguments& args, const StateRows& b, const StateRows& c, int64_t sequence, int64_t group) {
-  Tile tile;
-  const int64_t row = args.sequences.row(sequence), token = args.sequences.first(sequence);
-  const int64_t states = args.states, slot = args.slots.of(sequence);
-  prepare(args, row, token, 1, group, tile);
-  const float *b_row = b.at(row, token), *c_row = c.at(row, token);
-  for (int k = 0; k < blocks_of_group(group, args.channels); ++k) {
-    const int64_t channel = group * kGroup + k * kLanes;
-    const int channels = static_cast<int>(std::min<int64_t>(kLanes, args.channels - channel));
-    const Element* from = args.initial.data ? args.initial.at<const Element>(slot, channel) : nullptr;
-    Element* to = args.final.data ? args.final.at<Element>(slot, channel) : nullptr;
-    vfloat products[kLanes] = {};
-    for (int i = 0; i < channels; ++i) {
-      const float* a = args.a + (channel + i) * states;
-      const float dt = tile.dt[k * kLanes + i] * kLog2E, u = tile.u[k * kLanes + i];
-      vfloat total = {};
-      for (int64_t n = 0; n < states; n += kLanes) {
-        const vfloat before = from ? load(from + i * args.initial.channel_stride + n) : vfloat{};
-        const vfloat h = exp2(dt * load(a + n)) * before + u * load(b_row + n);
-        if (to) store(to + i * args.final.channel_stride + n, h);
-        total += h * load(c_row + n);
-      }
-      products[i] = total;
+struct StepState {
+  Element* rows;
+  int64_t stride;
+
+  Element* at(int channel) const { return rows + channel * stride; }
+};
+
+// One token of one sequence for one group of channels.
+template <class Element>
+struct Step {
+  const float* a;       // [channels, N]
+  const float *dt, *u;  // [channels]
+  const float *b, *c;   // [N]
+  int64_t states;       // N, a multiple of 16
+  StepState<const Element> before;
+  StepState<Element> after;
+};
+
+// Lanes whose sum is C . h, for kCount channels. kVectors is N / 16, or 0 where that is known only at run time.
+template <int kVectors, int kCount, class Element>
+inline void step_channels(const Step<Element>& step, int channel, vfloat* products) {
+  const Exp2Product exp2_product;
+  const int64_t vectors = kVectors ? kVectors : step.states / kLanes;
+  vfloat total[kCount] = {};
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t n = v * kLanes;
+    vfloat product[kCount], decay[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)  // in the scan's order, so that the decay is the scan's to the last bit
+      product[i] = step.dt[channel + i] * (load(step.a + (channel + i) * step.states + n) * kLog2E);
+    exp2_product.operator()<kCount>(product, decay);
+    const vfloat b_n = load(step.b + n), c_n = load(step.c + n);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const vfloat h = decay[i] * load(step.before.at(channel + i) + n) + step.u[channel + i] * b_n;
+      store(step.after.at(channel + i) + n, h);
+      total[i] += h * c_n;
     }
-    store(tile.y + k * kLanes, row_sums(products));
   }
-  finish(args, row, token, 1, group, tile);
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) products[i] = total[i];
+}
+
+// C . h of up to 16 channels. `step` is a copy, which no store can change: its fields stay in registers.
+template <int kVectors, class Element>
+vfloat step_block(const Step<Element> step, int first, int channels) {
+  constexpr int kTogether = kVectors == 1 ? 2 : 1;  // of wide states, memory is read in order
+  vfloat products[kLanes];
+  int i = 0;
+  for (; i + kTogether <= channels; i += kTogether) step_channels<kVectors, kTogether>(step, first + i, products + i);
+  for (; i < channels; ++i) step_channels<kVectors, 1>(step, first + i, products + i);
+  for (; i < kLanes; ++i) products[i] = vfloat{};
+  return row_sums(products);
+}
+
+// Asks for the states of up to 16 channels, which lie side by side in all but odd layouts. Into the L2 cache where they
+// are fp32: as many as are under way at a time crowd the L1 cache.
+template <class Element>
+inline void prefetch_state(const Element* first, int64_t count) {
+  constexpr int kCacheLine = 64, kLocality = sizeof(Element) == 4 ? 2 : 3;
+  const char* bytes = reinterpret_cast<const char*>(first);
+  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Element)); at += kCacheLine)
+    __builtin_prefetch(bytes + at, 0, kLocality);
+}
+
+// How many channels of a group its block `k` of 16 has.
+inline int channels_of_block(int64_t group, int k, int64_t channels) {
+  return static_cast<int>(std::min<int64_t>(kLanes, channels - group * kGroup - k * kLanes));
+}
+
+// An item is one group of channels of one sequence.
+template <class Element>
+void step_group(const ScanArguments& args, const StateRows& b, const StateRows& c, int64_t item) {
+  static const Element zeros[kMaxStates] = {};
+  Element unread[kMaxStates];
+  Tile tile;
+  const int64_t groups = groups_of(args.channels), states = args.states;
+  const int64_t row = item / groups, group = item % groups, channel = group * kGroup, slot = args.slots.of(row);
+  prepare(args, row, 0, 1, group, tile);
+  Step<Element> step = {args.a + channel * states, tile.dt, tile.u, b.at(row, 0), c.at(row, 0), states,
+                        {zeros, 0}, {unread, 0}};
+  if (args.initial.data) step.before = {args.initial.at<const Element>(slot, channel), args.initial.channel_stride};
+  if (args.final.data) step.after = {args.final.at<Element>(slot, channel), args.final.channel_stride};
+  const int64_t next_row = (item + 1) / groups, next_group = (item + 1) % groups;
+  const Element* next = nullptr;
+  const bool narrow = states == kLanes;  // wider ones are runs long enough for the processor to see ahead by itself
+  if (narrow && args.initial.data && next_row < args.sequences.count)
+    next = args.initial.at<const Element>(args.slots.of(next_row), next_group * kGroup);
+  for (int k = 0; k < blocks_of_group(group, args.channels); ++k) {
+    const int first = k * kLanes, channels = channels_of_block(group, k, args.channels);
+    if (next) prefetch_state(next + first * states, channels_of_block(next_group, k, args.channels) * states);
+    store(tile.y + first, narrow ? step_block<1>(step, first, channels) : step_block<0>(step, first, channels));
+  }
+  finish(args, row, 0, 1, group, tile);
 }
 
 }  // namespace
@@ -205,16 +278,18 @@ extern "C" int64_t selective_scan_forward(const void* packed) {
                         !args.chunk_states;
   const auto step = args.state_is_bf16 ? step_group<uint16_t> : step_group<float>;
   const auto run = [&](int64_t item) {
-    const int64_t sequence = item / groups, group = item % groups;
+    const int64_t sequence = item / groups;
     if (one_step)
-      step(args, b, c, sequence, group);
+      step(args, b, c, item);
     else
-      scan_group(args, b, c, sequence, group, chunks[sequence]);
+      scan_group(args, b, c, sequence, item % groups, chunks[sequence]);
   };
   if (args.threads == 1 || args.sequences.tokens() * args.channels * args.states < kParallelWork) {
     for (int64_t item = 0; item < items; ++item) run(item);
   } else {
-#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(args.threads))
+    // A step asks for what the next item needs, so that the same thread should take it.
+    const int64_t together = one_step ? std::max<int64_t>(1, items / (4 * args.threads)) : 1;
+#pragma omp parallel for schedule(dynamic, together) num_threads(static_cast<int>(args.threads))
     for (int64_t item = 0; item < items; ++item) run(item);
   }
   return 0;
