@@ -25,15 +25,20 @@ struct Shape {
   double dt_low, dt_high;
 };
 
+// Before it is limited; `at` counts tokens and heads.
+double step(const Inputs& in, const Shape& shape, int64_t at) {
+  const double raw = in.dt[at] + (in.dt_bias.empty() ? 0.0 : in.dt_bias[at % shape.heads]);
+  return shape.softplus ? drive::softplus(raw) : raw;
+}
+
 void naive(const Inputs& in, const Batch& batch, const Shape& shape, Values& out, Values& final) {
   out.assign(in.x.size(), 0.0);
   final = in.initial;
   for (int64_t s = 0; s < batch.count(); ++s)
     for (int64_t token = batch.first[s]; token < batch.first[s + 1]; ++token)
       for (int64_t head = 0; head < shape.heads; ++head) {
-        const double raw = in.dt[token * shape.heads + head] + (in.dt_bias.empty() ? 0.0 : in.dt_bias[head]);
-        const double step = shape.softplus ? drive::softplus(raw) : raw;
-        const double dt = std::min(std::max(step, shape.dt_low), shape.dt_high), decay = std::exp(dt * in.a[head]);
+        const double dt = std::min(std::max(step(in, shape, token * shape.heads + head), shape.dt_low), shape.dt_high);
+        const double decay = std::exp(dt * in.a[head]);
         const int64_t state = (token * shape.groups + head / (shape.heads / shape.groups)) * shape.states;
         for (int64_t p = 0; p < shape.head_width; ++p) {
           const int64_t at = (token * shape.heads + head) * shape.head_width + p;
@@ -83,15 +88,31 @@ struct Case {
     args.states = shape.states;
     args.softplus = shape.softplus;
     args.threads = threads;
-    args.dt_low = shape.dt_low;
-    args.dt_high = shape.dt_high;
     in = {x.values(), dt.values(), a.values(), b.values(), c.values(), with_d ? d.values() : Values{},
           with_bias ? dt_bias.values() : Values{}, states.before()};
+    if (shape.dt_low > 0.0) {
+      shape.dt_low = limit_between_steps(shape.dt_low);
+      shape.dt_high = limit_between_steps(shape.dt_high);
+    }
+    args.dt_low = shape.dt_low;
+    args.dt_high = shape.dt_high;
     drive::begin_case(drive::text({{"heads", shape.heads}, {"head_width", shape.head_width}, {"groups", shape.groups},
                                    {"states", shape.states}, {"softplus", shape.softplus}, {"d", with_d},
                                    {"bias", with_bias}, {"limited", shape.dt_low > 0.0}, {"mixed", mixed},
                                    {"threads", threads}}) +
                       batch.text() + states.text());
+  }
+
+  // A limit near the wanted one with no step close to it: a difference quotient across a limit is no gradient.
+  double limit_between_steps(double wanted) const {
+    double best = wanted, widest = -1.0;
+    for (double limit = 0.9 * wanted; limit < 1.1 * wanted; limit += 0.005 * wanted) {
+      double distance = HUGE_VAL;
+      for (size_t i = 0; i < in.dt.size(); ++i)
+        distance = std::min(distance, std::abs(step(in, shape, static_cast<int64_t>(i)) - limit));
+      if (distance > widest) widest = distance, best = limit;
+    }
+    return best;
   }
 
   bool dtype() const { return any_bf16 && drive::coin(); }
@@ -186,7 +207,7 @@ struct Case {
       drive::expect(written->gaps_untouched(), "a gradient: written between two rows");
   }
 
-  const Shape shape;
+  Shape shape;
   const Batch& batch;
   const bool any_bf16;
   Numbers x, dt, b, c, a, d, dt_bias;
