@@ -6,7 +6,7 @@ blocks; Hugging Face's forward and generate stay available over the same modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import ssm_kernels
 from deepspeed_inference import policy
 from deepspeed_inference.batching.continuous_batch import ContinuousBatch
 from deepspeed_inference.batching.prefill import Piece, Prefills
-from deepspeed_inference.batching.request import Request
+from deepspeed_inference.batching.request import Id, Request
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.generate import stream
 from deepspeed_inference.opening import open_model, options_of
@@ -367,7 +367,7 @@ class SSMInferenceEngine(InferenceEngine):
         *,
         tokenizer=None,
         order: str = "completion",
-        on_token: Callable[[Hashable, int], None] | None = None,
+        on_token: Callable[[Id, int], None] | None = None,
     ) -> ContinuousBatch:
         """Answer requests, `batch_size` of them at once; each joins as soon as a slot is free.
 

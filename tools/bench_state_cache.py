@@ -80,7 +80,7 @@ def _turns(result: dict, wanted: dict) -> str:
 
 
 def _room(arm: dict) -> str:
-    return f"room for {arm['cache']['budget_bytes'] / 1e6:,.3g} MB, {arm['cache']['evictions']:,} evictions"
+    return f"room for {arm['cache']['budget_bytes'] / 1e6:,.0f} MB, {arm['cache']['evictions']:,} evictions"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ import torch
 
 from deepspeed_inference.batching.news import Newsroom
 from deepspeed_inference.batching.prefill import Prefills, Prompt
-from deepspeed_inference.batching.request import Answer, Request, problem_of
+from deepspeed_inference.batching.request import Answer, Id, Request, problem_of
 from deepspeed_inference.config import OUTPUT_ORDERS
 from deepspeed_inference.sampling import choose_each
 from deepspeed_inference.state.context import SSMInferenceContext
@@ -87,7 +87,7 @@ class ContinuousBatch(Iterator[Answer]):
         *,
         tokenizer=None,
         order: str = "completion",
-        on_token: Callable[[Hashable, int], None] | None = None,
+        on_token: Callable[[Id, int], None] | None = None,
     ):
         one_of("order", order, OUTPUT_ORDERS)
         self._engine, self._tokenizer, self._on_token = engine, tokenizer, on_token
@@ -97,8 +97,8 @@ class ContinuousBatch(Iterator[Answer]):
         self._free = list(reversed(range(engine.options.batch_size)))
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []  # in the order in which they got their slots
-        self._known: set[Hashable] = set()
-        self._given_up: set[Hashable] = set()  # before they were taken
+        self._known: set[Id] = set()
+        self._given_up: set[Id] = set()  # before they were taken
         self._answers = _InOrder() if order == "input" else _AsDone()
 
     def __iter__(self) -> ContinuousBatch:
@@ -114,7 +114,7 @@ class ContinuousBatch(Iterator[Answer]):
                 raise StopIteration
             self.step()
 
-    def cancel(self, id: Hashable) -> None:
+    def cancel(self, id: Id) -> None:
         """Give up a request: its answer has what there is of it. Counts on the first rank; nothing if it is done."""
         self._news.cancel(id)
 

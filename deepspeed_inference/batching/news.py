@@ -7,12 +7,13 @@ the ranks exchange objects.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from deepspeed_inference.batching.request import Request
+from deepspeed_inference.batching.request import Id, Request, check_id
 from megatron_ssm.collectives import Reduction
 
 
@@ -28,7 +29,7 @@ class News:
     """
 
     requests: tuple[Request, ...] = ()
-    cancelled: tuple[Hashable, ...] = ()
+    cancelled: tuple[Id, ...] = ()
     is_last: bool = False
     failure: Exception | None = None
 
@@ -50,12 +51,14 @@ class Newsroom:
 
     def __init__(self, requests: Iterable[Request | None], reduction: Reduction, device: torch.device):
         self._reduction, self._device = reduction, device
-        self._requests = iter(requests) if reduction.rank == 0 else None
-        self._cancelled: list[Hashable] = []
+        self._source, self._requests = requests, None
+        self._cancelled: deque[Id] = deque()  # by any thread
+        self._failure: Exception | None = None  # to be told
         self.may_come = True
 
-    def cancel(self, id: Hashable) -> None:
-        """Note that a request was given up; counts on the first rank."""
+    def cancel(self, id: Id) -> None:
+        """Note that a request was given up; counts on the first rank. Raises ValueError if it is no id."""
+        check_id(id)
         if self._reduction.rank == 0:
             self._cancelled.append(id)
 
@@ -76,21 +79,33 @@ class Newsroom:
         self.may_come = False
 
     def _heard(self, wanted: int) -> News:
-        cancelled, self._cancelled = tuple(self._cancelled), []
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            return News(failure=failure)
+        cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
         requests: list[Request] = []
+        is_last = False
         while self.may_come and len(requests) < wanted:
             try:
-                request = next(self._requests)
+                request = self._read()
             except StopIteration:
-                return News(tuple(requests), cancelled, is_last=True)
+                is_last = True
+                break
             except Exception as failure:  # whatever it is, the other ranks must not wait for this one
-                return News(failure=failure)
+                self._failure = failure  # for the next time: what was read before it is to be answered
+                break
             if request is None:
                 break
-            if not isinstance(request, Request):
-                return News(failure=TypeError(f"requests: expected Requests, found {request!r}"))
             requests.append(request)
-        return News(tuple(requests), cancelled) if requests or cancelled else NOTHING
+        return News(tuple(requests), tuple(cancelled), is_last) if requests or cancelled or is_last else NOTHING
+
+    def _read(self) -> Request | None:
+        if self._requests is None:
+            self._requests = iter(self._source)
+        request = next(self._requests)
+        if request is not None and not isinstance(request, Request):
+            raise TypeError(f"requests: expected Requests, found {request!r}")
+        return request
 
     def _told(self, news: News) -> News:
         if self._reduction.size == 1:

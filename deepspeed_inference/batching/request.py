@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from deepspeed_inference.sampling import Sampling
 from deepspeed_inference.validation import in_range
 
 GREEDY = Sampling()
+Id: TypeAlias = int | str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +32,7 @@ class Request:
         ValueError: a value is of the wrong kind or out of its range.
     """
 
-    id: Hashable
+    id: Id
     prompt: Sequence[int] | np.ndarray
     max_new_tokens: int = 128
     sampling: Sampling = GREEDY
@@ -39,8 +41,7 @@ class Request:
     stop: Sequence[str] = ()
 
     def __post_init__(self):
-        if not isinstance(self.id, Hashable):
-            raise ValueError(f"id: expected something hashable, such as a number or a text, found {self.id!r}")
+        check_id(self.id)
         object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
         if self.eos_token_ids is not None:
             object.__setattr__(self, "eos_token_ids", token_ids("eos_token_ids", self.eos_token_ids))
@@ -48,7 +49,8 @@ class Request:
         in_range("noise_stream", self.noise_stream, int, lambda value: value >= 0, "an integer from 0", optional=True)
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling: expected a Sampling, found {self.sampling!r}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        if not is_list or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: expected a list of texts of at least one character, found {self.stop!r}")
 
 
@@ -68,7 +70,7 @@ class Answer:
         seconds: to its last.
     """
 
-    id: Hashable
+    id: Id
     tokens: tuple[int, ...] = ()
     finish: str
     text: str | None = None
@@ -79,6 +81,12 @@ class Answer:
     seconds: float = 0.0
 
 
+def check_id(id: Id) -> None:
+    """Raise ValueError where a request cannot be known by it."""
+    if not isinstance(id, (int, str)):
+        raise ValueError(f"id: expected an integer or a text, found {id!r}")
+
+
 def token_ids(name: str, ids: Sequence[int]) -> np.ndarray:
     """[n] int64, of any sequence of integers; raises ValueError where it is something else."""
     try:
@@ -86,7 +94,7 @@ def token_ids(name: str, ids: Sequence[int]) -> np.ndarray:
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name}: expected a list of token ids: {error}") from error
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-        raise ValueError(f"{name}: expected a list of token ids, found {found.dtype} {list(found.shape)}")
+        raise ValueError(f"{name}: expected a list of token ids, found {ids!r:.60}")
     return found.astype(np.int64)
 
 
@@ -94,9 +102,10 @@ def problem_of(request: Request, *, vocab_size: int, max_length: int | None, has
     """Why a model cannot run the request; None where it can."""
     if not request.prompt.size:
         return "the prompt is empty"
-    highest, lowest = request.prompt.max(), request.prompt.min()
-    if not 0 <= lowest <= highest < vocab_size:
-        return f"expected token ids in 0..{vocab_size - 1}, found {highest if highest >= vocab_size else lowest}"
+    for name, ids in (("prompt", request.prompt), ("eos_token_ids", request.eos_token_ids)):
+        wrong = () if ids is None else ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            return f"{name}: expected token ids in 0..{vocab_size - 1}, found {wrong[0]}"
     length = len(request.prompt) + request.max_new_tokens
     if max_length is not None and length > max_length:
         return (

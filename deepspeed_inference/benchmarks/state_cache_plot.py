@@ -114,7 +114,7 @@ def _label(arm: str, result: dict) -> str:
     if arm == "none":
         return "no cache"
     cache = result["arms"][arm]["cache"]
-    return f"{cache.get('budget_bytes', cache['bytes']) / 1e6:,.3g} MB"
+    return f"{cache.get('budget_bytes', cache['bytes']) / 1e6:,.0f} MB"
 
 
 def _above(color: str) -> dict:

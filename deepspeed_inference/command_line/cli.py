@@ -142,7 +142,7 @@ def _depends_on(session, config: InferenceConfig, prompts: Prompts) -> dict:
     engine = session.engine
     options = {name: getattr(config, name) for name in ANSWERS_DEPEND_ON}
     options["quantized_all_reduce"] = str(options["quantized_all_reduce"])
-    model = {"model": str(config.model), "fingerprint": engine.identity.fingerprint}
+    model = {"model": config.model and str(config.model), "fingerprint": engine.identity.fingerprint}
     dtypes = {"dtype": str(engine.dtype), "state_dtype": str(config.state_dtype)}
     return {**model, **dtypes, **options, "prompts": prompts.digest}
 

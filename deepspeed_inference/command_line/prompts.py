@@ -118,17 +118,32 @@ def _parse(line: bytes, index: int, origin: str, number: int, line_of_id: dict[s
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         return Prompt(index, "", origin, {}, f"{origin}: not JSON: {error}")
+    extra = _other_keys(record)
     problem = _problem_of(record) or _repeated_id(record, number, line_of_id)
     if problem is not None:
-        return Prompt(index, "", origin, {}, f"{origin}: {problem}")
+        return Prompt(index, "", origin, extra, f"{origin}: {problem}")
     given = {name: record[name] for name in LINE_OPTIONS if name in record}
     try:
         checked = InferenceConfig(**given)
     except ValueError as error:
-        return Prompt(index, "", origin, {}, f"{origin}: {error}")
-    extra = {key: value for key, value in record.items() if key != "prompt"}
+        return Prompt(index, "", origin, extra, f"{origin}: {error}")
     options = {name: getattr(checked, name) for name in given}
     return Prompt(index, record["prompt"], origin, extra, options=options)
+
+
+def _other_keys(record) -> dict:
+    """What comes back with the answer, or with the reason why there is none."""
+    if not isinstance(record, dict) or not _can_be_written(record):
+        return {}
+    return {key: value for key, value in record.items() if key not in ("prompt", *OWN_KEYS)}
+
+
+def _can_be_written(record) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problem_of(record) -> str | None:
@@ -137,11 +152,7 @@ def _problem_of(record) -> str | None:
     taken = [key for key in OWN_KEYS if key in record]
     if taken:
         return f"expected keys other than {', '.join(OWN_KEYS)}, which an answer uses itself, found {taken[0]}"
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return "expected text, found half of a surrogate pair"
-    return None
+    return None if _can_be_written(record) else "expected text, found half of a surrogate pair"
 
 
 def _repeated_id(record: dict, number: int, line_of_id: dict[str, int]) -> str | None:

@@ -17,6 +17,7 @@ import psutil
 
 from deepspeed_inference.batching.request import Answer
 from deepspeed_inference.engine import SSMInferenceEngine
+from deepspeed_inference.state.prefix_cache import PrefixCacheStats
 from ssm_kernels.int8_weight import Int8Weight
 
 
@@ -83,28 +84,29 @@ class Measurements:
     def summary(self, engine: SSMInferenceEngine) -> dict | None:
         """The numbers by name, on the first rank of all; every rank calls it.
 
-        Times, traffic and the prefix cache are those of the first replica; the throughput is that of all.
+        Times and traffic are those of the first replica; the throughput and the prefix cache are those of all.
         """
         counted = self.counted_tokens
         parameters = sum(parameter.nbytes for parameter in engine.module.parameters())
         parameters += sum(m.nbytes for m in engine.module.modules() if isinstance(m, Int8Weight))
         resident = engine.reduction.exchange(psutil.Process().memory_info().rss)
-        shares = engine.groups.gather_objects((self.tokens, self.seconds, resident))
+        stats = None if engine.prefix_cache is None else engine.prefix_cache.stats
+        shares = engine.groups.gather_objects((self.tokens, self.seconds, stats, resident))
         if shares is None:
             return None
-        seconds = max(seconds for _, seconds, _ in shares)
+        seconds = max(seconds for _, seconds, *_ in shares)
         return {
             "ranks": engine.reduction.size,
             "replicas": engine.groups.replicas,
             "reduction": engine.reduction.reason,
             "ttft_ms": 1e3 * statistics.median(self.first_token) if self.first_token else None,
             "ms_per_token": 1e3 * statistics.median(self.next_token) if self.next_token else None,
-            "tokens_per_second": sum(tokens for tokens, _, _ in shares) / seconds or None if seconds else None,
+            "tokens_per_second": sum(tokens for tokens, *_ in shares) / seconds or None if seconds else None,
             "collectives_per_token": self.collectives / counted if counted else None,
             "bytes_per_token": self.bytes / counted if counted else None,
             "parameter_mb_per_rank": parameters / 1e6,
             "resident_mb_per_rank": [value / 1e6 for *_, ranks in shares for value in ranks],
-            **_cached(engine),
+            **_cached([stats for *_, stats, _ in shares if stats is not None]),
         }
 
     def _count_traffic(self, engine: SSMInferenceEngine, tokens: int) -> None:
@@ -145,13 +147,13 @@ def _traffic_of(engine: SSMInferenceEngine) -> tuple[int, int]:
     return traffic.collectives, traffic.payload_bytes
 
 
-def _cached(engine: SSMInferenceEngine) -> dict:
-    """What the prefix cache has found and holds, where there is one."""
-    if engine.prefix_cache is None:
+def _cached(caches: list[PrefixCacheStats]) -> dict:
+    """What the replicas' prefix caches have found, and what the fullest of them holds; nothing where there are none."""
+    if not caches:
         return {}
-    stats = engine.prefix_cache.stats
+    asked, fullest = sum(stats.prompt_tokens for stats in caches), max(caches, key=lambda stats: stats.bytes)
     return {
-        "prefix_cache_hit_rate": stats.hit_tokens / stats.prompt_tokens if stats.prompt_tokens else None,
-        "prefix_cache_mb": stats.bytes / 1e6,
-        "prefix_cache_snapshots": stats.snapshots,
+        "prefix_cache_hit_rate": sum(stats.hit_tokens for stats in caches) / asked if asked else None,
+        "prefix_cache_mb": fullest.bytes / 1e6,
+        "prefix_cache_snapshots": fullest.snapshots,
     }

@@ -64,24 +64,25 @@ class MemoryFigures:
         return self.slots * (self.sequence_bytes + self.token_bytes * (self.length or 0))
 
     def check(self) -> None:
-        """Raise ValueError where the prefix cache has no room for a single snapshot."""
+        """Raise ValueError where the prefix cache, or what is beyond it, has no room for a single snapshot."""
         needed = self.sequence_bytes + self.token_bytes
-        if 0 < self.prefix_cache_bytes < needed:
-            raise ValueError(
-                f"prefix_cache_mb: expected room for one snapshot, {needed / MB:.3g} MB a rank, found "
-                f"{self.prefix_cache_bytes / MB:.3g}"
-            )
+        budgets = {"prefix_cache_mb": self.prefix_cache_bytes or None}
+        budgets["prefix_cache_spill_mb"] = None if self.spill is None else self.spill_bytes
+        for name, budget in budgets.items():
+            if budget is not None and budget < needed:
+                raise ValueError(
+                    f"{name}: expected room for one snapshot, {needed / MB:.3g} MB a rank, found {budget / MB:.3g}"
+                )
 
     def lines(self) -> list[str]:
         """For people, a line each: the weights, the slots, the prefix cache where there is one, where it spills to."""
-        room = ""
+        one = f"{self.sequence_bytes / MB:,.2f} MB"
         if self.token_bytes:
             tokens = f"for {self.length:,} tokens" if self.length else "as they come"
-            room = f" + {self.token_bytes / 1e3:,.1f} kB a token, {tokens}"
+            one = f"({one} + {self.token_bytes / 1e3:,.1f} kB a token, {tokens})"
         lines = [
             f"weights: {self.weights_bytes / MB:,.1f} MB a rank",
-            f"state: {self.slots} slots × ({self.sequence_bytes / MB:,.2f} MB{room}) = "
-            f"{self.slots_bytes / MB:,.1f} MB a rank",
+            f"state: {self.slots} slots × {one} = {self.slots_bytes / MB:,.1f} MB a rank",
         ]
         if self.prefix_cache_bytes:
             count = self.prefix_cache_bytes // self.sequence_bytes if self.sequence_bytes else 0

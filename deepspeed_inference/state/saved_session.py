@@ -34,6 +34,13 @@ from megatron_ssm.layout import Index
 
 SESSION_FORMAT = 1
 _POSITIONS = "positions"
+_MEANINGS = {
+    "session_format": "it is no session, or of another version",
+    "fingerprint": "it was saved with another model",
+    "dtype": "of the model that it was saved with",
+    "weights": "of the model that it was saved with",
+    "state_dtype": "of its states",
+}
 _LENGTH = struct.Struct("<Q")  # of the header, in front of it
 _DTYPES = {
     "I64": torch.int64,
@@ -297,7 +304,8 @@ class _SavedSession:
     def __init__(self, path: Path):
         self.path = path
         if not path.is_file():
-            raise ValueError(f"session {path}: expected a file that was saved before, found none")
+            found = "a directory" if path.is_dir() else "none"
+            raise ValueError(f"session {path}: expected a file that was saved before, found {found}")
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -364,7 +372,7 @@ class _SavedSession:
     def _check_metadata(self, entries: Mapping[str, str]) -> None:
         for key, expected in entries.items():
             if self.metadata.get(key) != expected:
-                self._refuse(key, expected, str(self.metadata.get(key)))
+                self._refuse(key, expected, f"{self.metadata.get(key)} ({_MEANINGS[key]})")
 
     def _refuse(self, what: str, expected: str, found: str) -> NoReturn:
         raise ValueError(f"session {self.path}: {what}: expected {expected}, found {found}")

@@ -147,6 +147,17 @@ def _world_size(environment: Mapping[str, str]) -> int:
 
 
 def _init_process_group(device_type: str, timeout: float) -> None:
+    try:
+        _meet(device_type, timeout)
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"the ranks cannot meet at {place}, which another run may use; give the launcher another --master_port "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _meet(device_type: str, timeout: float) -> None:
     if device_type == "cpu":
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         # gloo's threads take the interpreter's lock to drop the tensor of the last operation. One that tries so while

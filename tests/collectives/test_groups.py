@@ -1,5 +1,7 @@
 """Process groups of a launch: replicas of tensor-parallel ranks, the errors, and no launch at all."""
 
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,3 +93,15 @@ def test_a_wrong_launch_fails_on_every_rank(monkeypatch):
     for rank in launch_ranks(launched_wrongly, 2):
         assert rank.returncode == 1
         assert "ValueError: tensor-parallel size: expected a divisor of the world size 2, found 3" in rank.stderr
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=rf"cannot meet at 127.0.0.1:{port}, which another run may use"):
+            init_groups(timeout=5)

@@ -103,8 +103,9 @@ def test_ends_at_ids_and_streams_tokens():
     ("wrong", "error"),
     [
         (Request(id="x", prompt=[]), "the prompt is empty"),
-        (Request(id="x", prompt=[3, 97]), r"expected token ids in 0..96, found 97"),
-        (Request(id="x", prompt=[-1, 4]), r"expected token ids in 0..96, found -1"),
+        (Request(id="x", prompt=[3, 97]), r"prompt: expected token ids in 0..96, found 97"),
+        (Request(id="x", prompt=[-1, 4]), r"prompt: expected token ids in 0..96, found -1"),
+        (Request(id="x", prompt=[4], eos_token_ids=[99]), r"eos_token_ids: expected token ids in 0..96, found 99"),
         (
             Request(id="x", prompt=[3] * 30, max_new_tokens=11),
             r"most 40 tokens \(max_sequence_length\), found 41: 30 of",
@@ -132,10 +133,11 @@ def _without_times(answer: Answer) -> Answer:
 
 def test_values_of_the_wrong_kind():
     for options, error in [
-        ({"id": []}, "id: expected something hashable"),
-        ({"prompt": "def f"}, "prompt: expected a list of token ids, found <U5"),
-        ({"prompt": [1.5, 2.0]}, "prompt: expected a list of token ids, found float64"),
-        ({"prompt": [[1, 2]]}, r"prompt: expected a list of token ids, found int64 \[1, 2\]"),
+        ({"id": []}, r"id: expected an integer or a text, found \[\]"),
+        ({"prompt": "def f"}, "prompt: expected a list of token ids, found 'def f'"),
+        ({"prompt": [1.5, 2.0]}, r"prompt: expected a list of token ids, found \[1.5, 2.0\]"),
+        ({"prompt": [[1, 2]]}, r"prompt: expected a list of token ids, found \[\[1, 2\]\]"),
+        ({"stop": None}, "stop: expected a list of texts of at least one character, found None"),
         ({"eos_token_ids": 7}, "eos_token_ids: expected a list of token ids"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a positive integer, found 0"),
         ({"noise_stream": -1}, "noise_stream: expected an integer from 0, found -1"),
@@ -187,8 +189,15 @@ def _failing(context: RankContext, checkpoint) -> None:
         list(engine.run(requests()))
     (answer,) = engine.run([Request(id=0, prompt=[3, 4], max_new_tokens=2, eos_token_ids=())])  # all is well again
     assert len(answer.tokens) == 2
+    with pytest.raises(TypeError if context.rank == 0 else RuntimeError, match="not iterable"):
+        list(engine.run(None))
+    run = engine.run([Request(id=0, prompt=[3], max_new_tokens=1, eos_token_ids=()), "hello"])
+    assert next(run).id == 0  # what came before is answered
     with pytest.raises(TypeError if context.rank == 0 else RuntimeError, match="expected Requests, found 'hello'"):
-        list(engine.run(["hello"]))
+        next(run)
+    assert list(run) == []
+    with pytest.raises(ValueError, match="id: expected an integer or a text"):
+        run.cancel([1])
 
 
 @pytest.mark.parametrize("size", [1, 2])

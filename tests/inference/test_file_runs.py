@@ -203,7 +203,7 @@ def test_two_ranks_go_on_with_it_and_come_to_the_same_decision(ranks, run, inter
 
 def test_before_it_begins_a_run_says_what_its_states_take_and_after_it_what_it_took(run, tmp_path):
     status, _, stderr, stdout = run("out.jsonl", "--prefix-cache-mb", "1")
-    assert status == 0 and "state: 3 slots × (" in stderr
+    assert status == 0 and "state: 3 slots × 0.01 MB = " in stderr
     assert "prefix cache: 1.0 MB a rank" in stderr
     for row in ("time to first token", "time a token", "throughput", "collectives a token     0.0", "prefix cache "):
         assert row in stdout

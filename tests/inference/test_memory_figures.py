@@ -52,6 +52,10 @@ def test_a_cache_without_room_for_a_snapshot_is_refused_before_anything_is_read(
     told = []
     with pytest.raises(ValueError, match=r"prefix_cache_mb: expected room for one snapshot, 0\.0\d+ MB a rank, found"):
         init_inference(checkpoint, prefix_cache_mb=0.9 * needed / 1e6, announce=told.append)
+    with pytest.raises(ValueError, match=r"prefix_cache_spill_mb: expected room for one snapshot"):
+        init_inference(
+            checkpoint, prefix_cache_mb=1, prefix_cache_spill="host", prefix_cache_spill_mb=0.5 * needed / 1e6
+        )
     assert not told
 
 

@@ -57,6 +57,12 @@ def test_a_wrong_line_is_named_and_the_others_stay(tmp_path, line, message):
     assert json.loads(json.dumps(refusal(wrong)))["error"] == wrong.error
 
 
+def test_a_wrong_line_keeps_its_other_keys(tmp_path):
+    lines = (b'{"prompt": "a", "id": 1, "seed": -0.5}', b'{"prompt": 3, "id": 2, "text": "x"}', b'{"id": 3}', b"[4]")
+    assert [refusal(prompt).get("id") for prompt in _read(tmp_path, b"\n".join(lines))] == [1, 2, 3, None]
+    assert "text" not in refusal(_read(tmp_path, lines[1])[0])
+
+
 def test_a_line_sets_options_for_itself_and_its_answer_carries_them(tmp_path):
     given = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 5, "stop": "x"}
     [own, plain] = _read(tmp_path, json.dumps({"prompt": "a", **given}).encode() + b'\n{"prompt": "b"}')

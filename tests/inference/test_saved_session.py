@@ -220,8 +220,8 @@ def test_a_state_that_is_kept_in_another_dtype_is_refused(bamba, saved):
 
 
 def test_a_file_that_is_not_there_or_no_session_is_named(bamba, saved, tmp_path):
-    for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(ValueError, match=rf"session {path}: expected a file that was saved before, found none"):
+    for path, found in ((tmp_path / "none", "none"), (tmp_path, "a directory")):
+        with pytest.raises(ValueError, match=rf"session {path}: expected a file that was saved before, found {found}"):
             _load(bamba, path)
     checkpoint = tiny_checkpoint("bamba") / "model.safetensors"
     with pytest.raises(ValueError, match=rf"session {checkpoint}: session_format: expected 1, found None"):
