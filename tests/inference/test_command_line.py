@@ -93,12 +93,12 @@ def test_replicas_print_what_the_prompts_of_the_command_line_give():
     ("arguments", "message"),
     [
         (("--model", "/no/such/model", "--prompt", "a"), "/no/such/model: no such directory"),
-        (("--prompt", ""), "the prompt is empty"),
+        pytest.param(("--prompt", ""), "the prompt is empty", marks=pytest.mark.full),
         (("--config", "no-such-preset"), "preset no-such-preset: no such file"),
         (("--tp-size", "3"), "expected a divisor of the world size 2, found 3"),
         (("--temperature", "-1"), "temperature: expected a number >= 0, found -1.0"),
         (("--prompts", "/no/such/file"), "cannot read /no/such/file"),
-        (("--output", "/no/such/folder/file"), "cannot write /no/such/folder/file"),
+        pytest.param(("--output", "/no/such/folder/file"), "cannot write /no/such/folder/file", marks=pytest.mark.full),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -27,7 +27,7 @@ def _prompt(length: int, seed: int) -> list[int]:
     return random_ids(1, length, seed)[0].tolist()
 
 
-def _requests(count: int = 10, seed: int = 0) -> list[Request]:
+def _requests(count: int = 7, seed: int = 0) -> list[Request]:
     """Prompts of very different lengths, greedy and sampled."""
     draw = random.Random(seed)
     return [

@@ -56,7 +56,7 @@ def launched() -> None:
     print(before, sorted(os.sched_getaffinity(0)), torch.get_num_threads())
 
 
-@pytest.mark.parametrize("bind", ["yes", "no"])
+@pytest.mark.parametrize("bind", ["yes", pytest.param("no", marks=pytest.mark.full)])
 def test_ranks_share_the_cores(bind):
     ended = launch_ranks(launched, 2, bind)
     assert [rank.returncode for rank in ended] == [0, 0], ended

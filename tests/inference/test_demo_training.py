@@ -290,7 +290,11 @@ def test_held_out_files_are_those_of_the_models_record(tmp_path):
     ("options", "message"),
     [
         (["--steps", "0"], "steps: expected a positive integer, found 0"),
-        (["--output", str(Path(__file__))], "expected folders that can be written to, found"),
+        pytest.param(
+            ["--output", str(Path(__file__))],
+            "expected folders that can be written to, found",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_trained(tmp_path, options, message):

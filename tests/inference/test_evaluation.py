@@ -73,11 +73,15 @@ def test_the_arithmetic_of_scores():
     assert score.perplexity == pytest.approx(4.0)
 
 
-def test_the_shipped_demo_still_gives_its_recorded_score_and_wrong_files_are_named(tmp_path):
+def _evaluate(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(ROOT / "checkpoints" / "demo"), "--json"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+def test_the_shipped_demo_still_gives_its_recorded_score(tmp_path):
     file = tmp_path / "sample.txt"
     file.write_text(SAMPLE)
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(ROOT / "checkpoints" / "demo"), "--json"]
-    run = subprocess.run([*command, "--positions", "200", str(file)], capture_output=True, text=True, timeout=120)
+    run = _evaluate("--positions", 200, file)
     assert run.returncode == 0, run.stderr
     one, early, late, total = (json.loads(line) for line in run.stdout.splitlines())
     assert early["positions"]["bits_per_token"] > late["positions"]["bits_per_token"] > 0
@@ -85,10 +89,15 @@ def test_the_shipped_demo_still_gives_its_recorded_score_and_wrong_files_are_nam
     assert total["xz"] == {"file_by_file": packed, "concatenated": packed}
     assert one["bytes"] == one["tokens"] == len(SAMPLE)
     assert total["bits_per_byte"] == pytest.approx(RECORDED_BITS_PER_BYTE, abs=2e-3)
-    run = subprocess.run([*command, "--window", "8", str(file)], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2 and "expected --positions beside --window" in run.stderr
+
+
+@pytest.mark.full
+def test_what_cannot_be_scored_is_named(tmp_path):
+    file = tmp_path / "sample.txt"
     file.write_bytes(b"\xff\xfe")
-    run = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
+    run = _evaluate("--window", 8, file)
+    assert run.returncode == 2 and "expected --positions beside --window" in run.stderr
+    run = _evaluate(file)
     assert run.returncode == 2 and f"{file}: 'utf-8' codec" in run.stderr
 
 

@@ -177,7 +177,7 @@ def _text(length: int) -> bytes:
     return text[:length]
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.full)])  # eight import the stack for long
 def test_signal_to_noise_of_sums_of_a_trained_model(ranks, size):
     partials = ranks(_captured, size, _text(1024))
     assert len(partials[0]) == 6, "one a layer"
@@ -204,7 +204,7 @@ def _nats(context, text: bytes, codec: str | None) -> float:
 PERPLEXITIES = [
     pytest.param(2, 8192),
     pytest.param(4, 2048),
-    pytest.param(8, 2048),
+    pytest.param(8, 2048, marks=pytest.mark.full),
     pytest.param(4, 8192, marks=pytest.mark.full),
     pytest.param(8, 8192, marks=pytest.mark.full),
     pytest.param(2, 32768, marks=pytest.mark.full),

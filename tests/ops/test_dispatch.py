@@ -254,6 +254,7 @@ def test_only_gcc_is_looked_for(monkeypatch, tmp_path):
     assert native.find_compiler() == str(clang)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_processes_that_start_together_build_once(tmp_path):
     log = tmp_path / "compilations"
