@@ -28,11 +28,6 @@ class Packing:
         ends = lengths.cumsum(0)
         return cls(mask, lengths, torch.cat([ends.new_zeros(1), ends]).to(torch.int32))
 
-    @classmethod
-    def from_lengths(cls, lengths: torch.Tensor, width: int) -> Packing:
-        """Packing of a batch of `width` columns whose rows begin at the left and have these lengths."""
-        return cls.from_mask(torch.arange(width, device=lengths.device) < lengths.unsqueeze(1))
-
     def pack(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, total, ...]."""
         return batch[self.mask].unsqueeze(0)
@@ -40,7 +35,3 @@ class Packing:
     def unpack_into(self, packed: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """[1, total, ...] -> a copy of `batch` with the packed values at its tokens."""
         return batch.masked_scatter(self.mask.view(*self.mask.shape, *(1,) * (batch.dim() - 2)), packed)
-
-    def last(self, packed: torch.Tensor) -> torch.Tensor:
-        """[1, total, D] -> [B, D], each row's last token."""
-        return packed[0, self.cu_seqlens[1:].long() - 1]
