@@ -44,7 +44,7 @@ class Stack(PinnedDtype):
         embedding = VocabParallelEmbedding(tables.vocabulary(plan), reduction=reduction, dtype=dtype)
         norm = RMSNorm(ParameterLayout(shape=(plan.hidden_size,)), eps=plan.norm_eps, dtype=dtype)
         self.add_module(family.embedding, embedding)
-        shared = _shared_blocks(plan, reduction=reduction, dtype=dtype)
+        shared = shared_blocks(plan, reduction=reduction, dtype=dtype)
         self.layers = nn.ModuleList(
             Block(
                 layer,
@@ -134,7 +134,7 @@ class Stack(PinnedDtype):
         return self.final_norm.add(hidden, residual, residual.dtype)[0]
 
 
-def _shared_blocks(plan: ModelPlan, **place) -> Mapping[int, SharedAttentionBlock]:
+def shared_blocks(plan: ModelPlan, **place) -> Mapping[int, SharedAttentionBlock]:
     """The blocks that layers share, by the layer that owns them."""
     owned = {layer.shared.owner: layer.shared for layer in plan.layers if layer.shared is not None}
     return {

@@ -1,4 +1,16 @@
-"""SSM layers in Megatron-core's hybrid models.
+"""SSM layers in Megatron-core's hybrid models. `megatron_ssm.specs` is the way in; this is what the specs build.
 
-form.py      a family's model as Megatron lays it out: one part a layer, its letters, names and packing
+form.py               a family's model as Megatron lays it out: one part a layer, its letters, names and packing
+stack.py              the layers of one pipeline stage
+mixer.py              a mixer in Megatron's terms: [L, B, D], an inference context, packed sequences
+block_layer.py        any other layer of a family, the same way
+core_attention.py     the core of causal attention where TransformerEngine is not installed
+norms.py              the norms between the layers, by what is installed
+parameters.py         initial values, and what Megatron's training wants to know of each parameter
+sequence_parallel.py  the reduction of ranks that each hold a part of the sequence between the layers
+inference_state.py    the state of a layer, within Megatron's inference contexts
+packed.py             packed sequences in Megatron's terms
+sharded.py            what a distributed checkpoint is told of a module's parameters
+names.py              one set of names in state dicts, whatever is installed
+without_gpu.py        megatron-core on a machine without a GPU
 """
