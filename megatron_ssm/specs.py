@@ -148,7 +148,8 @@ def transformer_config(plan: ModelPlan, **changes) -> TransformerConfig:
     fields = {
         "num_layers": len(layers),
         "hidden_size": plan.hidden_size,
-        "num_attention_heads": 1,  # Megatron wants a number where there is no attention
+        # Megatron wants a number that its ranks divide, also where there is no attention.
+        "num_attention_heads": changes.get("tensor_model_parallel_size", 1),
         "normalization": "RMSNorm",
         "layernorm_epsilon": plan.norm_eps,
         "hidden_dropout": 0.0,

@@ -1,5 +1,6 @@
 """SSM layers in Megatron-core's hybrid models. `megatron_ssm.specs` is the way in; this is what the specs build.
 
+model.py              a family's model as a MambaModel, and its weights from a Hugging Face checkpoint
 form.py               a family's model as Megatron lays it out: one part a layer, its letters, names and packing
 stack.py              the layers of one pipeline stage
 mixer.py              a mixer in Megatron's terms: [L, B, D], an inference context, packed sequences
