@@ -12,6 +12,8 @@ sequence_parallel.py  the reduction of ranks that each hold a part of the sequen
 inference_state.py    the state of a layer, within Megatron's inference contexts
 packed.py             packed sequences in Megatron's terms
 sharded.py            what a distributed checkpoint is told of a module's parameters
+distributed_checkpoint.py  saving and going on, at any number of ranks and stages
+synchronous_save.py   megatron-core's format, written without a GPU
 names.py              one set of names in state dicts, whatever is installed
 without_gpu.py        megatron-core on a machine without a GPU
 """

@@ -1,13 +1,14 @@
-"""A family's model as a MambaModel of megatron-core: made from a Hugging Face config, filled from a source of tensors."""
+"""A family's model as a MambaModel of megatron-core: made from a Hugging Face config, filled from any tensors."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.mamba.mamba_model import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ssm.checkpoint.load import TensorSource
+from megatron_ssm.collectives import EMBEDDING as EMBEDDING_SITE
+from megatron_ssm.collectives.torch_reduction import TorchReduction
 from megatron_ssm.families import Family
 from megatron_ssm.hybrid.form import EMBEDDING, FINAL_NORM, HEAD, MegatronTensor, megatron_tensors
 from megatron_ssm.specs import family_stack_spec, transformer_config
@@ -30,7 +31,7 @@ class HybridModel(MambaModel):
             weight.shared = weight.shared_embedding = True
             if not self.pre_process:
                 weight.data.zero_()
-            dist.all_reduce(weight.data, group=self.embd_group)
+            weight.data.copy_(TorchReduction(self.embd_group).reduce(weight.data, EMBEDDING_SITE))
 
     def _inputs_and_outputs(self):
         if self.pre_process:

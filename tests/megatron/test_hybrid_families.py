@@ -1,4 +1,4 @@
-"""Families as Megatron models: the logits of transformers, at any number of tensor-parallel ranks and pipeline stages."""
+"""Families as Megatron models: the logits of transformers, at any number of ranks and pipeline stages."""
 
 from __future__ import annotations
 
