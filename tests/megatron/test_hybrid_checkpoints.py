@@ -81,8 +81,8 @@ def _train(context, directory, tensor, steps, save_to, go_on_from):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first = load_checkpoint(model, go_on_from, optimizer) if go_on_from else 0
     losses = []
-    for step in range(first, first + steps):
-        ids = random_ids(2, 17, seed=step)
+    for _ in range(steps):
+        ids = random_ids(2, 17)
         # Rows that only pad the vocabulary, another number at each T, count in Megatron's softmax.
         logits = model(ids[:, :-1], None, None)[..., : TOKENS["vocab_size"]]
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -102,7 +102,7 @@ def test_a_training_goes_on_at_another_number_of_ranks(ranks, tmp_path, variant)
     first = ranks(_train, 4, directory, 2, 3, tmp_path, None)[0]
     second = ranks(_train, 4, directory, 4, 3, None, tmp_path)[0]
     assert [*first, *second] == pytest.approx(whole, rel=1e-4)
-    assert whole[-1] != pytest.approx(whole[2], rel=1e-2)
+    assert whole[-1] < 0.9 * whole[0]
 
 
 def _load_other_model(context, source, directory):
