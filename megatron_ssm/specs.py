@@ -1,5 +1,6 @@
 """ModuleSpecs: how SSM layers enter Megatron models.
 
+    mamba2_of(config)          the mixer that megatron-core would make of its config
     mixer_spec(mixer)          for a Mamba layer of your own
     mamba_layer_spec(mixer)    a layer, for a stack of your own
     hybrid_stack_spec(mixer)   the stack of a MambaModel, by megatron-core's pattern of `M`, `*`, `-` and `E`
@@ -66,6 +67,24 @@ def mixer_spec(mixer: Mamba1Config | Mamba2Config) -> ModuleSpec:
     else:
         raise ValueError(f"mixer: expected a Mamba1Config or a Mamba2Config, found {type(mixer).__name__}")
     return ModuleSpec(module=kind, params={"mixer": mixer})
+
+
+def mamba2_of(config: TransformerConfig) -> Mamba2Config:
+    """The mixer that megatron-core itself would make of a config's `mamba_*` fields; its checkpoints fit.
+
+    Args:
+        config: Megatron's; without `mamba_num_heads` the inner width is twice the model's.
+    """
+    size = config.mamba_head_dim
+    return Mamba2Config(
+        hidden_size=config.hidden_size,
+        heads=config.mamba_num_heads or 2 * config.hidden_size // size,
+        head_size=size,
+        groups=config.mamba_num_groups,
+        state_size=config.mamba_state_dim,
+        conv_width=4,
+        norm_eps=1e-5,
+    )
 
 
 def mamba_layer_spec(mixer: Mamba1Config | Mamba2Config, norms: str | None = None) -> ModuleSpec:
