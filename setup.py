@@ -25,6 +25,8 @@ setup(
         "megatron_ssm.mixers",
         "megatron_ssm.collectives",
         "megatron_ssm.checkpoint",
+        "megatron_ssm.conversion",
+        "megatron_ssm.hybrid",
         "deepspeed_inference",
         "deepspeed_inference.state",
         "deepspeed_inference.batching",

@@ -14,6 +14,7 @@ from torch import nn
 from deepspeed_inference.adapter import HFBackbone
 from megatron_ssm.checkpoint import NamedSource, load_parameters
 from megatron_ssm.checkpoint.load import TensorSource, int8_weight
+from megatron_ssm.checkpoint.stored_names import where_stored
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.families import Family, tables
 from megatron_ssm.layout import ParameterLayout
@@ -68,7 +69,7 @@ def inject(
             table[name].check_groups(name, reduction.size, GROUP)
         replace_modules(model, family, reduction=reduction, dtype=dtype)
         in_memory = {family.in_memory(name): layout for name, layout in table.items()}
-        stored, repeated = _where_stored(table, family.also_stored_as(config), source)
+        stored, repeated = where_stored(table, family.also_stored_as(config), source)
         names = {family.in_memory(name): stored[name] for name in table}
         named = NamedSource(source, names, (*family.ignored, *repeated))
         place = {"rank": reduction.rank, "ranks": reduction.size, "device": device}
@@ -80,30 +81,6 @@ def inject(
     if tied:
         _tie(head_module(model, family), backbone_module(model, family).embedding, all(same), weights is not None)
     model.requires_grad_(False)
-
-
-def _where_stored(
-    table: Mapping[str, ParameterLayout], elsewhere: Mapping[str, tuple[str, ...]], source: TensorSource
-) -> tuple[dict[str, str], list[str]]:
-    """Under which name each parameter is stored, and the names that repeat one that layers share.
-
-    Raises:
-        ValueError: what layers share is stored more than once, and differently.
-    """
-    shapes, stored, repeated = source.shapes(), {name: name for name in table}, []
-    for name, others in elsewhere.items():
-        present = [candidate for candidate in (name, *others) if candidate in shapes]
-        if not present:
-            continue
-        stored[name] = present[0]
-        whole = tuple(slice(0, size) for size in shapes[present[0]])
-        for other in present[1:]:
-            if shapes[other] != shapes[stored[name]] or not torch.equal(
-                source.read(other, whole), source.read(stored[name], whole)
-            ):
-                raise ValueError(f"{source.where(other)}: tensor {other}: expected the values of {present[0]}, as tied")
-            repeated.append(other)
-    return stored, repeated
 
 
 def _kept_in_int8(table: Mapping[str, ParameterLayout], looked_up: Collection[str]) -> list[str]:

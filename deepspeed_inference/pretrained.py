@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from megatron_ssm.families import Family, family_of
+from megatron_ssm.checkpoint.config_file import read_config
+from megatron_ssm.families import Family
+
+__all__ = ["DEMO", "empty_model", "model_directory", "read_config"]
 
 DEMO = Path(__file__).parent / "demo"
 if not (DEMO / "config.json").is_file():  # a checkout: the demo is mapped into the package only when it is installed
@@ -31,32 +33,6 @@ def model_directory(name: str | Path | None) -> Path:
     return path
 
 
-def read_config(directory: Path):
-    """The Hugging Face config of a checkpoint, and its family.
-
-    Raises:
-        ValueError: config.json cannot be read, or the architecture is not supported (the message lists those that are).
-    """
-    file = directory / "config.json"
-    try:
-        stored = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"{file}: expected keys and values, found {type(stored).__name__}")
-    family = family_of(_Names(stored))
-    try:
-        if family.check_stored is not None:
-            family.check_stored(stored)
-        config = AutoConfig.from_pretrained(directory)
-        family.plan(config)
-        return config, family
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    except Exception as error:  # transformers raises many kinds; all of them mean this file
-        raise ValueError(f"{file}: a field has an impossible value: {type(error).__name__}: {error}") from error
-
-
 def empty_model(config, family: Family, directory: Path) -> PreTrainedModel:
     """A causal language model whose parameters lie on the meta device: shapes, no memory."""
     with torch.device("meta"):
@@ -68,14 +44,6 @@ def empty_model(config, family: Family, directory: Path) -> PreTrainedModel:
         except (OSError, ValueError) as error:
             raise ValueError(f"{directory / 'generation_config.json'}: {error}") from error
     return model.eval()
-
-
-class _Names:
-    """What a family is chosen by, before transformers is asked for a class that it may not have."""
-
-    def __init__(self, stored: dict):
-        self.model_type = stored.get("model_type")
-        self.architectures = stored.get("architectures")
 
 
 def _download(name: str) -> Path:

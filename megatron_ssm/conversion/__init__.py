@@ -1,0 +1,6 @@
+"""Conversion of checkpoints between Hugging Face and Megatron, and between numbers of ranks: one process, no GPU.
+
+convert.py          the loop over the tensors, and what is checked before it
+from_*.py, to_*.py  the four ends
+inspection.py       what a checkpoint is, and whether it is whole
+"""
