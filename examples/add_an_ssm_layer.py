@@ -1,11 +1,15 @@
 """SSM layers in a Megatron model of your own: the code of add_an_ssm_layer.md, as it runs.
 
-    torchrun --nproc-per-node 2 examples/add_an_ssm_layer.py
+torchrun --nproc-per-node 2 examples/add_an_ssm_layer.py
 """
 
 from __future__ import annotations
 
 import os
+
+from deepspeed_inference.command_line.quiet import quiet
+
+quiet()
 
 import torch
 from megatron.core import parallel_state
