@@ -100,9 +100,22 @@ def test_every_option_of_the_readmes_commands_is_known():
                 assert flag in known, f"README uses {flag}"
 
 
+def test_every_option_of_the_readmes_conversions_is_known():
+    help_text = (ROOT / "megatron_ssm" / "conversion" / "command_line.py").read_text()
+    commands = re.findall(r"tools/convert_checkpoint\.py((?:[^\n]*\\\n)*[^\n#]*)", README)
+    assert len(commands) > 2
+    for command in commands:
+        for flag in re.findall(r"--[a-z][\w-]*", command):
+            assert f'"{flag}"' in help_text, f"README uses {flag}"
+
+
 def test_the_readmes_python_runs(tmp_path):
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "init_inference" in block]
-    assert blocks
+    blocks = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if re.search("init_inference|stack_spec", block)
+    ]
+    assert len(blocks) > 2
     # One after the other in one process, each with names of its own.
     code = f"for block in {blocks!r}: exec(block, {{}})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=120)
