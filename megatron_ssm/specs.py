@@ -40,15 +40,22 @@ from megatron_ssm.hybrid.core_attention import CausalCoreAttention
 from megatron_ssm.hybrid.form import ATTENTION, FEED_FORWARD, MIXER, megatron_layers
 from megatron_ssm.hybrid.mixer import HybridMamba1Mixer, HybridMamba2Mixer, HybridMultiHeadMixer
 from megatron_ssm.hybrid.norms import installed_kind, norm_class
+from megatron_ssm.hybrid.router import PlainRouter
 from megatron_ssm.hybrid.stack import HybridStack, HybridStackSubmodules
 from megatron_ssm.plan import ModelPlan
+
+
+def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """megatron-core's, without its torch.compile, which takes seconds and a C++ compiler at the first call."""
+    return F.relu(x).square()
+
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
-    "relu2": squared_relu,
+    "relu2": squared_relu if torch.cuda.is_available() else _squared_relu,
 }
 
 
@@ -178,6 +185,7 @@ def transformer_config(plan: ModelPlan, **changes) -> TransformerConfig:
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
+        "is_hybrid_model": True,  # a layer is one part: outputs begin at std / √layers, not at std / √(2 · layers)
     }
     for letter, fields_of in ((MIXER, _mixer_fields), (ATTENTION, _attention_fields), (FEED_FORWARD, _mlp_fields)):
         if letter in first:
@@ -247,11 +255,14 @@ def _mlp_layer(norm: type, fused: bool) -> ModuleSpec:
 
 
 def _moe_layer(norm: type, fused: bool, experts: int) -> ModuleSpec:
+    moe = get_moe_module_spec(use_te=fused, num_experts=experts, moe_grouped_gemm=fused)
+    if not fused:
+        moe.submodules.router = PlainRouter
     return ModuleSpec(
         module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=norm,
-            mlp=get_moe_module_spec(use_te=fused, num_experts=experts, moe_grouped_gemm=fused),
+            mlp=moe,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -62,7 +62,7 @@ def _reduces(name: str, module: nn.Module) -> bool:
 
 
 def _check(name: str, module: nn.Module, reduction: Reduction) -> None:
-    if getattr(module, "sequence_parallel", False):
+    if any(getattr(owner, "sequence_parallel", False) for owner in (module, getattr(module, "reduction", None))):
         raise ValueError(f"{name}: expected a layer without sequence parallelism, found one that scatters its sums")
     if getattr(module, "explicit_expert_comm", False):
         raise ValueError(f"{name}: expected a layer that sums its partials, found an expert that leaves them to others")

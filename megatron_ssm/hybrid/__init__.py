@@ -9,7 +9,8 @@ core_attention.py     the core of causal attention where TransformerEngine is no
 norms.py              the norms between the layers, by what is installed
 parameters.py         initial values, and what Megatron's training wants to know of each parameter
 sequence_parallel.py  the reduction of ranks that each hold a part of the sequence between the layers
-inference_state.py    the state of a layer, within Megatron's inference contexts
+inference_state.py    the state of a layer within Megatron's static inference context
+dynamic_state.py      the states of mixers within its dynamic one, where requests come and go
 packed.py             packed sequences in Megatron's terms
 sharded.py            what a distributed checkpoint is told of a module's parameters
 distributed_checkpoint.py  saving and going on, at any number of ranks and stages

@@ -16,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_ssm.block import Block
 from megatron_ssm.collectives import Reduction
+from megatron_ssm.config import PartConfig
 from megatron_ssm.families import tables
 from megatron_ssm.families.family import layer_parameters, shared_parameters
 from megatron_ssm.hybrid.form import MegatronLayer
@@ -83,10 +84,17 @@ class BlockLayer(PinnedDtype, Block):
         hidden = hidden_states.transpose(0, 1).contiguous()
         if embeddings is not None:
             embeddings = embeddings.transpose(0, 1).contiguous()
-        state = self._state(inference_context, hidden)
+        context, state = None if self.training else inference_context, None
+        if context is not None and self.remembering:
+            state = layer_state(context, self.layer_number, self.remembering, hidden, self.reduction, packed_seq_params)
         run = self.step(hidden, None, state, packed_starts(packed_seq_params), embeddings)
         output, residual = alone(run, self.reduction)
         return (residual + output).transpose(0, 1).contiguous()
+
+    @property
+    def remembering(self) -> list[PartConfig]:
+        """Those of its parts that leave a state; a static context keeps it."""
+        return [part for part in self.layer.parts() if tables.state(part)]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -102,22 +110,6 @@ class BlockLayer(PinnedDtype, Block):
         exact = {name for name, layout in self._table.items() if layout.keep_fp32}
         named = (parameter for name, parameter in self.named_parameters() if name in exact)
         return any(tensor is parameter or tensor is parameter.grad for parameter in named)
-
-    def _state(self, context: BaseInferenceContext | None, hidden: torch.Tensor):
-        if context is None or self.training:
-            return None
-        parts = [part for part in self.layer.parts() if tables.state(part)]
-        if not parts:
-            return None
-        return layer_state(
-            context,
-            self.layer_number,
-            parts,
-            len(hidden),
-            ranks=self.reduction.size,
-            dtype=hidden.dtype,
-            device=hidden.device,
-        )
 
 
 def borrowed_names(layer: BlockLayer) -> list[str]:

@@ -15,17 +15,23 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, optim_state_to_sharding_state
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
+)
 from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 
 from megatron_ssm.checkpoint.megatron_arguments import megatron_arguments
 from megatron_ssm.checkpoint.megatron_directory import TRACKER, find_iteration
 from megatron_ssm.collectives.torch_reduction import TorchReduction
 from megatron_ssm.families import Family
+from megatron_ssm.hybrid.main_parameters import MainParameters
 from megatron_ssm.hybrid.model import HybridModel
 from megatron_ssm.hybrid.synchronous_save import SynchronousSave
 
 HUGGING_FACE = "hugging_face"
+MAIN = "optimizer.main_parameter"  # conversion leaves what begins with "optimizer" alone
 
 
 def save_checkpoint(
@@ -35,6 +41,7 @@ def save_checkpoint(
     directory: Path,
     iteration: int,
     optimizer: torch.optim.Optimizer | None = None,
+    main: MainParameters | None = None,
 ) -> Path:
     """Save a model, and the state of a torch optimizer over its parameters. Every rank of the world calls it.
 
@@ -43,7 +50,8 @@ def save_checkpoint(
         family, config: of the model.
         directory: of all iterations, made if it is not there.
         iteration: steps so far.
-        optimizer: its param groups hold `model.parameters()`, in that order.
+        optimizer: one over `model.parameters()`, or over `main.parameters`.
+        main: the main parameters, where the model's are of fewer bits.
 
     Returns:
         the iteration's directory.
@@ -60,7 +68,7 @@ def save_checkpoint(
         padded_vocab_size=model.vocab_size,
         params_dtype=model.config.params_dtype,
     )
-    state = {"args": arguments, "checkpoint_version": 3.0, "iteration": iteration, **_sharded(model, optimizer)}
+    state = {"args": arguments, "checkpoint_version": 3.0, "iteration": iteration, **_sharded(model, optimizer, main)}
     dist_checkpointing.save(state, str(target), sharded_strategy=SynchronousSave())
     if dist.get_rank() == 0:
         (Path(directory) / TRACKER).write_text(str(iteration))
@@ -68,13 +76,18 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(model: HybridModel, directory: Path, optimizer: torch.optim.Optimizer | None = None) -> int:
+def load_checkpoint(
+    model: HybridModel,
+    directory: Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    main: MainParameters | None = None,
+) -> int:
     """Fill a model, and an optimizer, from the latest iteration, whatever ranks and stages wrote it.
 
     Args:
         model: made by `make_model`; every rank of the world calls this.
         directory: of all iterations, or of one.
-        optimizer: as in `save_checkpoint`.
+        optimizer, main: as in `save_checkpoint`.
 
     Returns:
         the iteration's number.
@@ -85,13 +98,16 @@ def load_checkpoint(model: HybridModel, directory: Path, optimizer: torch.optim.
     source = str(find_iteration(Path(directory)))
     if optimizer is not None:
         _allocate_state(optimizer)
-    wanted, stored = _sharded(model, optimizer), load_tensors_metadata(source)
+    wanted, stored = _sharded(model, optimizer, main), load_tensors_metadata(source)
     if optimizer is not None:
         for number in _without_state(wanted["optimizer"], stored):
             del wanted["optimizer"]["state"][number]
     _check(wanted, stored, source)
     state = dist_checkpointing.load(wanted, source)
     model.load_state_dict(state["model"])
+    if main is not None:
+        for parameter, value in zip(main.parameters, state["main"].values(), strict=True):
+            parameter.data.copy_(value)
     if optimizer is not None:
         steps = torch.tensor(float(state["optimizer"].pop("steps")))
         for own in state["optimizer"]["state"].values():
@@ -100,15 +116,20 @@ def load_checkpoint(model: HybridModel, directory: Path, optimizer: torch.optim.
     return state["iteration"]
 
 
-def _sharded(model: HybridModel, optimizer: torch.optim.Optimizer | None) -> dict:
-    metadata = {"dp_cp_group": model.pg_collection.dp_cp}
-    state = {"model": model.sharded_state_dict(metadata=metadata)}
+def _sharded(model: HybridModel, optimizer: torch.optim.Optimizer | None, main: MainParameters | None) -> dict:
+    """What is saved, each tensor as a shard of the whole one. Optimizer and main parameters are cut as the model is."""
+    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})}
+    own = main.model_parameters if main is not None else list(model.parameters())
+    shards = get_param_id_to_sharded_param_map(state["model"], own)
+    if main is not None:
+        state["main"] = {
+            str(number): make_sharded_optimizer_tensor(shards[number], parameter.detach(), prefix=MAIN)
+            for number, parameter in enumerate(main.parameters)
+        }
     if optimizer is not None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state["optimizer"] = optimizer.state_dict()
-        shards = get_param_id_to_sharded_param_map(state["model"], parameters)
         optim_state_to_sharding_state(state["optimizer"], shards, exclude_keys=("step",))
-        steps = [int(own["step"]) for own in optimizer.state.values()]
+        steps = [int(moments["step"]) for moments in optimizer.state.values()]
         state["optimizer"]["steps"] = max(steps, default=0)
     return state
 

@@ -16,7 +16,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_ssm.config import Mamba1Config, Mamba2Config
 from megatron_ssm.families import tables
-from megatron_ssm.hybrid.inference_state import layer_state
+from megatron_ssm.hybrid.dynamic_state import DynamicBatch
+from megatron_ssm.hybrid.inference_state import check_whole_sequences, layer_state
 from megatron_ssm.hybrid.packed import packed_starts
 from megatron_ssm.hybrid.parameters import prepare
 from megatron_ssm.hybrid.sequence_parallel import tensor_parallel_reduction
@@ -24,6 +25,7 @@ from megatron_ssm.hybrid.sharded import sharded_state_dict
 from megatron_ssm.mixers import Mamba1Mixer, Mamba2Mixer, MultiHeadMamba1Mixer
 from megatron_ssm.partial import reduce_partials
 from megatron_ssm.pinned_dtype import PinnedDtype
+from megatron_ssm.state import LayerState
 
 
 class _InMegatron(PinnedDtype):
@@ -75,17 +77,38 @@ class _InMegatron(PinnedDtype):
         """The output, whole on every rank, and the bias that is still to be added to it.
 
         Args:
-            hidden_states: [L, B, D]; [L/T, B, D], this rank's tokens, under sequence parallelism.
+            hidden_states: [L, B, D]; [L/T, B, D], this rank's tokens, under sequence parallelism; [tokens, 1, D], of
+                all requests and padded, with a dynamic context.
             inference_context: where the state comes from and goes to; without effect in training mode.
             inference_params: an older name of the same.
             packed_seq_params: sequences one behind the other in one row: `cu_seqlens_q` says where each begins.
+
+        Raises:
+            ValueError: the context has no room for the batch, or the ranks cut the sequence.
         """
-        hidden = hidden_states.transpose(0, 1).contiguous()
-        partial = super().forward(
-            hidden, self._state(inference_context or inference_params, hidden), packed_starts(packed_seq_params)
-        )
-        output = reduce_partials([partial], self.reduction, tables.output_site(self.config))
+        context = None if self.training else inference_context or inference_params
+        if context is not None and context.is_dynamic_batching():
+            return self._serve(hidden_states, context), self.output_bias
+        hidden, state = hidden_states.transpose(0, 1).contiguous(), None
+        if context is not None:
+            state = layer_state(context, self.layer_number, [self.config], hidden, self.reduction, packed_seq_params)
+        output = self._whole(hidden, state, packed_starts(packed_seq_params))
         return output.transpose(0, 1).contiguous(), self.output_bias
+
+    def _serve(self, hidden: torch.Tensor, context: BaseInferenceContext) -> torch.Tensor:
+        """[padded tokens, 1, D] -> the same, of a step of requests that come and go."""
+        check_whole_sequences(self.reduction)
+        batch = DynamicBatch.of(context)
+        if not batch.tokens:  # a step for the sake of other ranks
+            return torch.zeros_like(hidden)
+        pools = context.mamba_states_cache(self.layer_number - self.pp_layer_offset)
+        output = self._whole(batch.rows(hidden), batch.state(*pools), batch.cu_seqlens)
+        return batch.padded(output, len(hidden))
+
+    def _whole(self, hidden: torch.Tensor, state: LayerState | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D], summed over the ranks."""
+        partial = super().forward(hidden, state, cu_seqlens)
+        return reduce_partials([partial], self.reduction, tables.output_site(self.config))
 
     def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a sequence's convolution and SSM state on this rank, as megatron-core's contexts keep them."""
@@ -104,19 +127,6 @@ class _InMegatron(PinnedDtype):
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         exact = (self.get_parameter(name) for name, layout in self._table.items() if layout.keep_fp32)
         return any(tensor is parameter or tensor is parameter.grad for parameter in exact)
-
-    def _state(self, context: BaseInferenceContext | None, hidden: torch.Tensor):
-        if context is None or self.training:
-            return None
-        return layer_state(
-            context,
-            self.layer_number,
-            [self.config],
-            len(hidden),
-            ranks=self.reduction.size,
-            dtype=hidden.dtype,
-            device=hidden.device,
-        )
 
 
 class HybridMamba1Mixer(_InMegatron, Mamba1Mixer):

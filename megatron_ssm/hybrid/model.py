@@ -19,6 +19,24 @@ NO_LIMIT = 1 << 20  # of positions: nothing is allocated by it where positions a
 class HybridModel(MambaModel):
     """megatron-core's model, which can tie embedding and head over pipeline stages also without a GPU."""
 
+    def forward(self, input_ids: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+        """As MambaModel's.
+
+        Args:
+            input_ids: [B, L].
+            arguments, keywords: of MambaModel's.
+
+        Raises:
+            ValueError: under sequence parallelism, the ranks do not divide L; on every rank.
+        """
+        ranks = self.pg_collection.tp.size()
+        if self.pre_process and self.config.sequence_parallel and input_ids.shape[1] % ranks:
+            raise ValueError(
+                f"sequence parallelism: expected a number of tokens that {ranks} ranks divide, found "
+                f"{input_ids.shape[1]}"
+            )
+        return super().forward(input_ids, *arguments, **keywords)
+
     def setup_embeddings_and_output_layer(self) -> None:
         """Let the first and the last stage begin with the same tied weight."""
         if torch.cuda.is_available() or self.pg_collection.pp.size() == 1:
@@ -28,8 +46,9 @@ class HybridModel(MambaModel):
             weight.is_embedding_or_output_parameter = True
         if self.share_embeddings_and_output_weights and self.pre_process != self.post_process:
             weight = self.shared_embedding_or_output_weight()
-            weight.shared = weight.shared_embedding = True
+            weight.shared_embedding = True
             if not self.pre_process:
+                weight.shared = True
                 weight.data.zero_()
             weight.data.copy_(TorchReduction(self.embd_group).reduce(weight.data, EMBEDDING_SITE))
 
@@ -62,7 +81,8 @@ def make_model(
         family: of the model.
         config: its Hugging Face config.
         groups: its `tp` and `pp` are the ranks that share the model.
-        vocabulary_rows: of embedding and head; `padded_vocabulary` if left out.
+        vocabulary_rows: of embedding and head; `padded_vocabulary` if left out. One seed gives one model, and one loss,
+            at any number of ranks only where these rows are as many.
         norms: as in `megatron_ssm.specs`.
         parallel_output: each rank returns the logits of its own vocabulary rows.
         changes: further fields of Megatron's config, such as `params_dtype` or `sequence_parallel`.

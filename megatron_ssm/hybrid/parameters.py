@@ -41,7 +41,7 @@ def prepare(
             if config.perform_initialization:
                 whole = initial(name, layout, config, table).to(parameter.dtype)
                 parameter.copy_(layout.shard(whole, reduction.rank, reduction.size))
-            _mark(parameter, layout, config)
+            _mark(parameter, layout, config, reduction)
     sum_replicated_gradients(module, table, reduction)
 
 
@@ -84,9 +84,24 @@ def _initial_a_log(value: Tensor, *, several_per_channel: bool) -> Tensor:
     return value.uniform_(*A_RANGE).log()
 
 
-def _mark(parameter: nn.Parameter, layout: ParameterLayout, config: TransformerConfig) -> None:
+def _mark(parameter: nn.Parameter, layout: ParameterLayout, config: TransformerConfig, reduction: Reduction) -> None:
     is_cut = layout.dim is not None
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, is_cut, layout.dim if is_cut else -1, 1)
+    if any(segment.is_repeated(reduction.size) for segment in layout.segments):
+        parameter.copies = _copies(layout, reduction)
     # What is whole everywhere and read outside of the parts has seen only this rank's tokens.
     parameter.sequence_parallel = config.sequence_parallel and not is_cut and not layout.partial_gradient
+
+
+def _copies(layout: ParameterLayout, reduction: Reduction) -> Tensor:
+    """[rows of this rank's piece] how often all ranks together hold each; rows lie along the dimension that is cut."""
+    dim, ranks = layout.dim, reduction.size
+    held = torch.zeros(layout.shape[dim])
+    for rank in range(ranks):
+        for there, _ in layout.copies(rank, ranks):
+            held[there[dim]] += 1
+    own = torch.zeros(layout.local_shape(ranks)[dim])
+    for there, here in layout.copies(reduction.rank, ranks):
+        own[here[dim]] = held[there[dim]]
+    return own

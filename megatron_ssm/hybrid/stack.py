@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ssm.hybrid.block_layer import BlockLayer
 from megatron_ssm.hybrid.core_attention import CausalCoreAttention
 from megatron_ssm.hybrid.form import ATTENTION, BLOCK, EXPERTS, FEED_FORWARD, MIXER, megatron_layers, pattern
+from megatron_ssm.hybrid.inference_state import check_room
 from megatron_ssm.hybrid.names import read_canonical_names, write_canonical_names
 from megatron_ssm.hybrid.sequence_parallel import tensor_parallel_reduction
 from megatron_ssm.plan import ModelPlan
@@ -87,6 +88,11 @@ class HybridStack(MambaStack):
         if self.pp_group.size() > 1:
             first, self.layer_type_list = self._select_layers_for_pipeline_parallel(letters)
         self.layers = nn.ModuleList(self._make_layers(submodules, first, pg_collection))
+        # Dynamic contexts ask which layers keep what; a block without a state is to them what a layer of experts is.
+        self.layer_type_list = [
+            EXPERTS if letter == BLOCK and not layer.remembering else letter
+            for letter, layer in zip(self.layer_type_list, self.layers, strict=True)
+        ]
         self.num_layers_per_pipeline_rank = len(self.layers)
         if post_process and post_layer_norm:
             self.final_norm = build_module(
@@ -161,7 +167,7 @@ class HybridStack(MambaStack):
         if self.plan is not None and self.pre_process and self.plan.embedding_multiplier != 1.0:
             hidden = hidden * self.plan.embedding_multiplier
         if context is not None:
-            self._check_continuation(context, len(hidden))
+            self._check_context(context, hidden, packed_seq_params)
         given = {
             "attention_mask": attention_mask,
             "inference_context": context,
@@ -214,10 +220,19 @@ class HybridStack(MambaStack):
             return tensor_parallel.checkpoint(run, self.config.distribute_saved_activations, *tensors)
         return checkpoint(run, *tensors, use_reentrant=False)
 
-    def _check_continuation(self, context: BaseInferenceContext, tokens: int) -> None:
-        """TransformerEngine's attention looks everywhere once there is a past: right for one new token only."""
-        if tokens == 1 or not context.is_static_batching() or not context.sequence_len_offset:
+    def _check_context(
+        self, context: BaseInferenceContext, hidden: torch.Tensor, packed: PackedSeqParams | None
+    ) -> None:
+        """Refuse, before any layer runs, what a context cannot do: on every rank, as all see the same."""
+        if self.config.sequence_parallel and self.tp_group.size() > 1:
+            raise ValueError("inference context: expected a model without sequence parallelism, found one with it")
+        if not context.is_static_batching():
             return
+        tokens, rows = hidden.shape[:2]
+        check_room(context, rows, tokens, packed)
+        if tokens == 1 or not context.sequence_len_offset:
+            return
+        # TransformerEngine's attention looks everywhere once there is a past: right for one new token only.
         for layer in self.layers:
             core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
             if core is not None and not isinstance(core, CausalCoreAttention):
@@ -256,11 +271,20 @@ def _check(config: TransformerConfig, plan: ModelPlan | None, groups: ProcessGro
             raise ValueError(f"{option}: expected none, found {getattr(config, option)!r}")
     if config.context_parallel_size > 1:
         raise ValueError(f"context_parallel_size: expected 1, found {config.context_parallel_size}")
+    shares = plan is not None and any(layer.shared is not None for layer in plan.layers)
+    _check_recomputation(config, shares)
     stages = groups.pp.size()
-    uneven = config.num_layers_in_first_pipeline_stage or config.num_layers_in_last_pipeline_stage
-    if not uneven and config.num_layers % stages:
-        raise ValueError(f"pipeline stages: expected a number that divides {config.num_layers} layers, found {stages}")
-    if stages > 1 and plan is not None and any(layer.shared is not None for layer in plan.layers):
+    if stages > 1 and shares:
         raise ValueError(
             f"pipeline stages: expected 1, because layers share a block that reads the embeddings, found {stages}"
         )
+    uneven = config.num_layers_in_first_pipeline_stage or config.num_layers_in_last_pipeline_stage
+    if not uneven and config.num_layers % stages:
+        raise ValueError(f"pipeline stages: expected a number that divides {config.num_layers} layers, found {stages}")
+
+
+def _check_recomputation(config: TransformerConfig, shares: bool) -> None:
+    if config.recompute_granularity == "selective" and not torch.cuda.is_available():
+        raise ValueError("recompute_granularity: expected none or full without a GPU, found selective")
+    if config.distribute_saved_activations and shares:
+        raise ValueError("distribute_saved_activations: expected it off where layers share a block, found it on")

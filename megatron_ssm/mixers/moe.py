@@ -65,7 +65,8 @@ class MoE(nn.Module):
     def forward(self, hidden: torch.Tensor) -> Partial:
         """[B, L, D] -> this rank's partial output; the caller reduces it and then adds `output_bias`."""
         refuse("which experts run depends on the tokens")
-        tokens = self.reduction.copy_to_ranks(hidden).flatten(0, -2)
+        hidden = self.reduction.copy_to_ranks(hidden)
+        tokens = hidden.flatten(0, -2)
         router = self.get_submodule(self.config.router)
         weights, chosen = route(self.config, tokens, router.weight, router.e_score_correction_bias)
         if self.config.latent_size is not None:
@@ -83,8 +84,10 @@ class MoE(nn.Module):
         rows = order // chosen.shape[1]
         scale = weights.flatten()[order].unsqueeze(1)
         first = 0
+        # In training an expert without tokens gets gradients of zeros: Megatron's DDP waits for every parameter's.
+        runs_idle = self.training and torch.is_grad_enabled() and not self.config.stacked
         for number, count in enumerate(counts):
-            if count:
+            if count or runs_idle:
                 own = slice(first, first + count)
                 output = self._expert(number, tokens[rows[own]])
                 total = total.index_add(0, rows[own], output.to(total.dtype) * scale[own])
@@ -116,7 +119,8 @@ class _Router(nn.Module):
         self.e_score_correction_bias = None
         if config.routing == "sigmoid_with_groups":
             exact = torch.promote_types(dtype, torch.float32)
-            self.e_score_correction_bias = nn.Parameter(torch.empty(config.experts, dtype=exact))
+            # It moves choices, not weights: no loss has a gradient of it.
+            self.e_score_correction_bias = nn.Parameter(torch.empty(config.experts, dtype=exact), requires_grad=False)
 
 
 class _Stacked(nn.Module):

@@ -50,6 +50,13 @@ def test_matches_reference(width, dtype, residual, weight):
     compare_with_reference(inputs)
 
 
+def test_a_dimension_of_size_1_may_have_any_stride():
+    x = torch.randn(1, 5, 40).transpose(0, 1)  # contiguous, whatever the stride of the dimension that was the first
+    assert x.is_contiguous() and x.stride() != torch.empty(x.shape).stride()
+    assert_close("out", rms_norm(x), reference.rms_norm(x.double()))
+    assert_close("residual", rms_norm(x, residual=x)[1], x.double() + x)
+
+
 @pytest.mark.parametrize("residual_dtype", DTYPES)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_residual_dtype(residual_dtype, with_residual):

@@ -196,7 +196,8 @@ def matrix(tensor: Tensor | None, kept: list[Tensor]) -> tuple[int, int, int]:
         return 0, 0, 0
     strides = tensor.stride()
     if strides[-1] == 1 and (len(strides) <= 2 or tensor.is_contiguous()):
-        row_stride = 0 if len(strides) == 1 else strides[-2]
+        # A dimension of size 1 may have any stride, also in a contiguous tensor of several.
+        row_stride = tensor.shape[-1] if len(strides) > 2 else strides[0] if len(strides) == 2 else 0
     else:
         tensor = unit_stride(tensor.reshape(-1, tensor.shape[-1]))
         kept.append(tensor)
