@@ -6,6 +6,7 @@ Megatron-LM takes a model's shape from them (`--use-checkpoint-args`), and compa
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 
@@ -46,7 +47,8 @@ def megatron_arguments(
         fp32_residual_connection=plan.residual_in_fp32,
         vocab_size=plan.vocab_size,
         padded_vocab_size=padded_vocab_size,
-        make_vocab_size_divisible_by=padded_vocab_size // tensor_parallel_size,
+        # Megatron-LM pads again, for its own number of ranks: to a multiple of this times that.
+        make_vocab_size_divisible_by=math.gcd(padded_vocab_size // tensor_parallel_size, 128),
         tokenizer_type="HuggingFaceTokenizer",
         position_embedding_type="none",
         max_position_embeddings=_LENGTH,

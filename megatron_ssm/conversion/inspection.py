@@ -6,7 +6,7 @@ Only headers are read, until the values of one tensor are asked for. Without a c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,7 +161,7 @@ def _hugging_face(directory: Path, beside: Path) -> Inspection:
     def read(name: str) -> torch.Tensor:
         return files.read(name, tuple(slice(0, size) for size in shapes[name]))
 
-    return _inspection(directory, "safetensors", config, family, reason, tensors, problems, read)
+    return _inspection(directory, "safetensors", config, family, reason, _in_order(tensors, table), problems, read)
 
 
 def _megatron(iteration: Path, beside: Path | None) -> Inspection:
@@ -182,7 +182,8 @@ def _megatron(iteration: Path, beside: Path | None) -> Inspection:
             layout=usable and usable.padded(shape[0]).layout,
             values=torch.Size(usable.layout.shape if usable else shape).numel(),
         )
-    return _inspection(iteration, format_of(iteration), config, family, reason, tensors, problems, reader.read)
+    found = _in_order(tensors, expected)
+    return _inspection(iteration, format_of(iteration), config, family, reason, found, problems, reader.read)
 
 
 def _model(beside: Path) -> tuple[object, Family | None, str | None]:
@@ -196,6 +197,17 @@ def _model(beside: Path) -> tuple[object, Family | None, str | None]:
 
 def _unknown(names) -> dict[str, str]:
     return dict.fromkeys(sorted(names), "is not part of the model that the config describes")
+
+
+def _in_order(tensors: dict[str, FoundTensor], model: Iterable[str]) -> dict[str, FoundTensor]:
+    """As they come in the model; behind them, and where nobody says, layer by layer."""
+    places = {name: place for place, name in enumerate(model)}
+
+    def place(name: str) -> tuple:
+        numbers = [int(part) if part.isdecimal() else -1 for part in name.split(".")]
+        return places.get(name, len(places)), [] if name in places else numbers, name
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
 
 
 def _inspection(directory, kind, config, family, reason, tensors, problems, read) -> Inspection:

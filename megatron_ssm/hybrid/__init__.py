@@ -8,7 +8,9 @@ block_layer.py        any other layer of a family, the same way
 core_attention.py     the core of causal attention where TransformerEngine is not installed
 norms.py              the norms between the layers, by what is installed
 parameters.py         initial values, and what Megatron's training wants to know of each parameter
-sequence_parallel.py  the reduction of ranks that each hold a part of the sequence between the layers
+gradients.py          what is left to do with gradients before an optimizer's step; their norm
+main_parameters.py    fp32 copies of bf16 parameters, for torch's optimizers
+router.py             the router of megatron-core's expert layers where TransformerEngine is not installed
 inference_state.py    the state of a layer within Megatron's static inference context
 dynamic_state.py      the states of mixers within its dynamic one, where requests come and go
 packed.py             packed sequences in Megatron's terms

@@ -19,6 +19,11 @@ from megatron.core.models.mamba.mamba_model import MambaModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_ssm.collectives import Site
+from megatron_ssm.collectives.torch_reduction import TorchReduction
+
+GRADIENTS = Site("gradients", backward_reduces=False)
+
 
 @torch.no_grad()
 def finish_gradients(model: MambaModel, *, average_over_replicas: bool = True) -> None:
@@ -83,7 +88,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], groups: ProcessGroupCollec
             total += _squares(parameter, groups.tp.size())
     for group in (groups.tp, groups.pp):
         if group.size() > 1:
-            dist.all_reduce(total, group=group)
+            total = _over(total, group)
     return total.sqrt().item()
 
 
@@ -103,8 +108,8 @@ def _of_any_replica(model: nn.Module, group: dist.ProcessGroup) -> list[Tensor]:
     """Gradients that at least one rank of the group has; what this one lacks becomes zeros."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(present, dist.ReduceOp.MAX, group=group)
-    found = [p for p, somewhere in zip(parameters, present.tolist(), strict=True) if somewhere]
+    holders = _over(present, group).tolist()
+    found = [p for p, count in zip(parameters, holders, strict=True) if count]
     for parameter in found:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -115,7 +120,10 @@ def _sum(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Sum over a group in place: one collective a dtype."""
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         own = [gradient for gradient in gradients if gradient.dtype is dtype]
-        together = torch.cat([gradient.flatten() for gradient in own])
-        dist.all_reduce(together, group=group)
+        together = _over(torch.cat([gradient.flatten() for gradient in own]), group)
         for gradient, total in zip(own, together.split([g.numel() for g in own]), strict=True):
             gradient.copy_(total.view_as(gradient))
+
+
+def _over(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return TorchReduction(group).reduce(partial, GRADIENTS)

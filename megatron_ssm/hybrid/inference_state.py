@@ -13,9 +13,9 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ssm.collectives import Reduction
+from megatron_ssm.collectives.sequence_parallel import SequenceParallelReduction
 from megatron_ssm.config import PartConfig
 from megatron_ssm.families import tables
-from megatron_ssm.hybrid.sequence_parallel import SequenceParallelReduction
 from megatron_ssm.state import LayerState
 
 

@@ -14,13 +14,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ssm.collectives.sequence_parallel import tensor_parallel_reduction
 from megatron_ssm.config import Mamba1Config, Mamba2Config
 from megatron_ssm.families import tables
 from megatron_ssm.hybrid.dynamic_state import DynamicBatch
 from megatron_ssm.hybrid.inference_state import check_whole_sequences, layer_state
 from megatron_ssm.hybrid.packed import packed_starts
 from megatron_ssm.hybrid.parameters import prepare
-from megatron_ssm.hybrid.sequence_parallel import tensor_parallel_reduction
 from megatron_ssm.hybrid.sharded import sharded_state_dict
 from megatron_ssm.mixers import Mamba1Mixer, Mamba2Mixer, MultiHeadMamba1Mixer
 from megatron_ssm.partial import reduce_partials

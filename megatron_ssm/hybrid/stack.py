@@ -25,12 +25,12 @@ from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ssm.collectives.sequence_parallel import tensor_parallel_reduction
 from megatron_ssm.hybrid.block_layer import BlockLayer
 from megatron_ssm.hybrid.core_attention import CausalCoreAttention
 from megatron_ssm.hybrid.form import ATTENTION, BLOCK, EXPERTS, FEED_FORWARD, MIXER, megatron_layers, pattern
 from megatron_ssm.hybrid.inference_state import check_room
 from megatron_ssm.hybrid.names import read_canonical_names, write_canonical_names
-from megatron_ssm.hybrid.sequence_parallel import tensor_parallel_reduction
 from megatron_ssm.plan import ModelPlan
 from megatron_ssm.stack import shared_blocks
 
@@ -273,6 +273,8 @@ def _check(config: TransformerConfig, plan: ModelPlan | None, groups: ProcessGro
         raise ValueError(f"context_parallel_size: expected 1, found {config.context_parallel_size}")
     shares = plan is not None and any(layer.shared is not None for layer in plan.layers)
     _check_recomputation(config, shares)
+    if plan is not None and config.hidden_dropout and BLOCK in pattern(plan):
+        raise ValueError(f"hidden_dropout: expected 0 where layers are blocks of ours, found {config.hidden_dropout}")
     stages = groups.pp.size()
     if stages > 1 and shares:
         raise ValueError(

@@ -43,8 +43,14 @@ def _check(ranks, variant, tensor, pipeline):
         assert difference < TOLERANCE, f"{variant} T={tensor} P={pipeline}: {difference}"
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+CASES = [
+    pytest.param(variant, tensor, marks=() if tensor == (1, 2, 4)[place % 3] else pytest.mark.full)
+    for place, variant in enumerate(ALL_VARIANTS)
+    for tensor in (1, 2, 4)
+]
+
+
+@pytest.mark.parametrize(("variant", "tensor"), CASES)
 def test_logits_are_those_of_transformers(ranks, variant, tensor):
     _check(ranks, variant, tensor, 1)
 
