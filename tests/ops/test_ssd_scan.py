@@ -107,16 +107,6 @@ def test_reference_is_the_matrix_form(with_state):
     assert_close("final_state", final, state)
 
 
-def test_reference_gradients_are_those_of_finite_differences():
-    inputs = make_inputs(1, 3, 2, 2, 1, 3)
-    leaves = [tensor.double().contiguous().requires_grad_() for tensor in inputs.values()]
-
-    def scan(*tensors):
-        return reference.ssd_scan(*tensors[:7], dt_softplus=True, initial_state=tensors[7], return_final_state=True)
-
-    assert torch.autograd.gradcheck(scan, leaves)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 50])
 @pytest.mark.parametrize("width", [1, 16, 24, 72])
