@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -34,6 +35,7 @@ class Journal:
     def __init__(self, folder: Path, purpose: Mapping[str, object]):
         self.path = Path(folder) / JOURNAL
         self.entries: dict[str, object] = {}
+        self._file: TextIO | None = None
         self._purpose = json.loads(json.dumps(purpose))
         folder.mkdir(parents=True, exist_ok=True)
         lines = self._lines()
@@ -49,6 +51,7 @@ class Journal:
 
     def keep(self, entries: Mapping[str, object]) -> None:
         """Have these entries only."""
+        self.close()
         self.entries = dict(entries)
         lines = [self._purpose, *([name, entry] for name, entry in entries.items())]
         partial = self.path.with_name(JOURNAL + PARTIAL)
@@ -57,13 +60,22 @@ class Journal:
 
     def add(self, name: str, entry: object) -> None:
         """Note that a tensor is written."""
-        with self.path.open("a") as file:
-            file.write(json.dumps([name, entry]) + "\n")
+        if self._file is None:
+            self._file = self.path.open("a")
+        self._file.write(json.dumps([name, entry]) + "\n")
+        self._file.flush()
         self.entries[name] = entry
 
     def remove(self) -> None:
         """The checkpoint is complete."""
+        self.close()
         self.path.unlink()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _lines(self) -> list:
         if not self.path.is_file():

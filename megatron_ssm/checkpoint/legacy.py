@@ -9,49 +9,31 @@ arguments. The last of several stages has a copy of an embedding that is the hea
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from megatron_ssm.checkpoint.chunks import chunks
-from megatron_ssm.checkpoint.journal import PARTIAL, Journal, purpose
-from megatron_ssm.checkpoint.megatron_tensors_on_disk import (
-    canonical_name,
-    is_parameter,
-    layer_of,
-    layers_a_stage,
-    stage_of,
-    with_layer,
-)
-from megatron_ssm.checkpoint.rank_files import FILE, rank_files, rank_folder
-from megatron_ssm.checkpoint.torch_file import complete, lay_out, write_values
-from megatron_ssm.checkpoint.untrusted_pickle import load_untrusted
+from megatron_ssm.checkpoint.buffers import Buffer
+from megatron_ssm.checkpoint.chunks import Chunk, chunks
+from megatron_ssm.checkpoint.megatron_tensors_on_disk import canonical_name, is_parameter, layer_of, with_layer
+from megatron_ssm.checkpoint.open_files import OpenFiles
+from megatron_ssm.checkpoint.rank_files import rank_files
+from megatron_ssm.checkpoint.raw_values import is_rows, raw, read_all
+from megatron_ssm.checkpoint.torch_archive import TensorInFile, described
 from megatron_ssm.hybrid.form import EMBEDDING, HEAD, MegatronTensor
 from megatron_ssm.layout import ParameterLayout
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor in a rank's file: what torch knows of it, without its values."""
+    """A tensor in a rank's file."""
 
     path: Path
-    stored: torch.Tensor  # on the meta device
-
-    def read(self) -> torch.Tensor:
-        """Its values; nothing else is read."""
-        meta = self.stored
-        span = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True))
-        values = torch.empty(span if meta.numel() else 0, dtype=meta.dtype)
-        with self.path.open("rb") as file:
-            file.seek(meta.untyped_storage()._checkpoint_offset + meta.storage_offset() * meta.itemsize)
-            count = file.readinto(memoryview(values.view(torch.uint8).numpy()))
-        if count != values.nbytes:
-            raise ValueError(f"{self.path} is cut off: expected {values.nbytes} bytes of a tensor, found {count}")
-        return values.as_strided(meta.shape, meta.stride())
+    stored: TensorInFile
 
 
 class LegacyReader:
@@ -72,6 +54,8 @@ class LegacyReader:
     def __init__(self, iteration: Path, tensors: Mapping[str, MegatronTensor]):
         self.iteration = Path(iteration)
         self._tensors = tensors
+        self._files, self._scratch = OpenFiles(os.O_RDONLY), Buffer()
+        self.common: dict[str, object] = {}
         files = rank_files(self.iteration)
         self._ranks = len(files[0])
         self._pieces: dict[str, list[_Piece]] = {}  # name -> by rank
@@ -79,8 +63,6 @@ class LegacyReader:
         first_layer = 0
         for stage in files:
             first_layer = self._add_stage(stage, first_layer)
-        content = self._content(files[0][0])
-        self.common = {key: content.get(key) for key in ("args", "iteration", "checkpoint_version")}
         for name in self._pieces:
             self._check(name)
 
@@ -98,38 +80,86 @@ class LegacyReader:
         Raises:
             ValueError: ranks that should hold the same do not; names their files.
         """
-        pieces, tensor = self._pieces[name], self._tensors.get(name)
-        if tensor is None:
-            return pieces[0].read()
-        layout = self._layout(name)
-        whole = torch.empty(layout.shape, dtype=pieces[0].stored.dtype)
-        for rank, piece in enumerate(pieces):
-            values = piece.read()
-            for chunk in chunks(name, layout, rank, self._ranks):
-                if chunk.is_first:
-                    whole[chunk.whole] = values[chunk.place]
-                elif not torch.equal(whole[chunk.whole], values[chunk.place]):
-                    raise ValueError(
-                        f"{piece.path}: tensor {name}: expected what an earlier rank holds too, as in "
-                        f"{pieces[0].path}, found other values"
-                    )
-            del values
-        if name == EMBEDDING and self._copies:
-            self._check_copies(whole)
+        whole = torch.empty(self._layout(name).shape, dtype=self._pieces[name][0].stored.dtype)
+        self.read_into(name, whole)
         return whole
+
+    def read_into(self, name: str, whole: torch.Tensor) -> None:
+        """The same, to where it belongs.
+
+        Args:
+            name: of the tensor.
+            whole: contiguous, in its shape and the dtype that it is stored in.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        pieces, values = self._pieces[name], raw(whole)
+        if name not in self._tensors:
+            values[...] = self._values(pieces[0], values.dtype)
+            return
+        layout = self._layout(name)
+        for rank, piece in enumerate(pieces):
+            held = chunks(name, layout, rank, self._ranks)
+            if not self._read_rows(piece, held, values):
+                self._copy(name, piece, held, values)
+        if name == EMBEDDING:
+            self._check_copies(values)
 
     def where(self, name: str) -> str:
         """For messages: the first file that holds a piece."""
         return str(self._pieces[name][0].path)
 
     def close(self) -> None:
-        """Nothing is open between two reads."""
+        """Close the files."""
+        self._files.close()
+
+    def _read_rows(self, piece: _Piece, held: list[Chunk], values: np.ndarray) -> bool:
+        """Read a piece to where it belongs, if whole rows of it belong into rows of the whole. Returns whether."""
+        shape = piece.stored.shape
+        places = [values[(*chunk.whole, ...)] for chunk in held]
+        if not piece.stored.is_contiguous or not all(
+            chunk.is_first and place.flags.c_contiguous and is_rows(chunk.place, shape)
+            for chunk, place in zip(held, places, strict=True)
+        ):
+            return False
+        row = values.itemsize * int(np.prod(shape[1:]))
+        for chunk, place in zip(held, places, strict=True):
+            self._read(piece, place, chunk.place[0].start * row if shape else 0)
+        return True
+
+    def _copy(self, name: str, piece: _Piece, held: list[Chunk], values: np.ndarray) -> None:
+        """Read a piece and copy its parts to where they belong; what an earlier rank holds too must be the same."""
+        found = self._values(piece, values.dtype)
+        for chunk in held:
+            place, part = values[(*chunk.whole, ...)], found[(*chunk.place, ...)]
+            if chunk.is_first:
+                place[...] = part
+            elif not np.array_equal(place, part):
+                raise ValueError(
+                    f"{piece.path}: tensor {name}: expected what an earlier rank holds too, as in "
+                    f"{self.where(name)}, found other values"
+                )
+
+    def _values(self, piece: _Piece, dtype: np.dtype) -> np.ndarray:
+        """All values of a piece, as integers of their width; they last until the next are read."""
+        stored = piece.stored
+        values = self._scratch.array((stored.span,), dtype)
+        self._read(piece, values, 0)
+        strides = [stride * dtype.itemsize for stride in stored.stride]
+        return np.lib.stride_tricks.as_strided(values, stored.shape, strides, writeable=False)
+
+    def _read(self, piece: _Piece, place: np.ndarray, offset: int) -> None:
+        if not read_all(self._files[piece.path], [place], piece.stored.start + offset):
+            raise ValueError(f"{piece.path} is cut off: expected {place.nbytes} more bytes of a tensor")
 
     def _content(self, path: Path) -> dict:
-        content = load_untrusted(path, map_location="meta")
+        content = described(path)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path}: expected a dictionary with the tensors under 'model', found {found}")
+        if not self.common:
+            self.common = {key: content.get(key) for key in ("args", "iteration", "checkpoint_version")}
         return content
 
     def _add_stage(self, files: list[Path], first_layer: int) -> int:
@@ -153,7 +183,7 @@ class LegacyReader:
         for name, stored in self._content(path)["model"].items():
             if not is_parameter(name):
                 continue
-            if not isinstance(stored, torch.Tensor):
+            if not isinstance(stored, TensorInFile):
                 raise ValueError(f"{path}: {name}: expected a tensor, found {type(stored).__name__}")
             number = layer_of(name)
             there = name if number is None else with_layer(name, first_layer + number)
@@ -186,135 +216,15 @@ class LegacyReader:
                     f"{piece.stored.dtype}"
                 )
 
-    def _check_copies(self, embedding: torch.Tensor) -> None:
+    def _check_copies(self, embedding: np.ndarray) -> None:
         layout = self._layout(EMBEDDING)
         for rank, copy in enumerate(self._copies):
-            values = copy.read()
             ((whole, piece),) = layout.copies(rank, self._ranks)
-            if values.shape != layout.local_shape(self._ranks) or not torch.equal(embedding[whole], values[piece]):
+            expected = self._pieces[EMBEDDING][rank].stored
+            if (copy.stored.shape, copy.stored.dtype) != (expected.shape, expected.dtype) or not np.array_equal(
+                embedding[whole], self._values(copy, embedding.dtype)[piece]
+            ):
                 raise ValueError(
                     f"{copy.path}: tensor {HEAD}: expected a copy of the embedding, which this model's head is, found "
                     f"other values"
                 )
-
-
-class LegacyWriter:
-    """Writes the files of T tensor-parallel ranks in P pipeline stages, tensor by tensor.
-
-    Args:
-        iteration: the directory to make; one that a killed writer left is gone on with.
-        tensors: padded, by name.
-        dtypes: of every tensor.
-        tensor_parallel_size: T.
-        pipeline_parallel_size: P.
-
-    Raises:
-        ValueError: so many ranks cannot share the tensors, or the directory holds something else.
-    """
-
-    def __init__(
-        self,
-        iteration: Path,
-        tensors: Mapping[str, MegatronTensor],
-        dtypes: Mapping[str, torch.dtype],
-        *,
-        tensor_parallel_size: int,
-        pipeline_parallel_size: int,
-    ):
-        self.iteration = Path(iteration)
-        self._tensors, self._ranks, self._stages = tensors, tensor_parallel_size, pipeline_parallel_size
-        self._layers = layers_a_stage(tensors, pipeline_parallel_size)
-        for name, tensor in tensors.items():
-            tensor.layout.check(name, tensor_parallel_size)
-        content = purpose("legacy", tensors, dtypes, tensor_parallel_size, pipeline_parallel_size)
-        self._journal = Journal(self.iteration, content)
-        self._layouts = [lay_out(self._in_stage(stage, dtypes)) for stage in range(pipeline_parallel_size)]
-        self._go_on()
-
-    def is_written(self, name: str) -> bool:
-        """Whether all ranks' files have their pieces of the tensor."""
-        return name in self._journal.entries
-
-    def write(self, name: str, whole: torch.Tensor) -> None:
-        """Add a tensor, in the dtype that was told."""
-        assert not self.is_written(name), name
-        checksums = []
-        for rank in range(self._ranks):
-            piece = self._tensors[name].layout.shard(whole, rank, self._ranks)
-            for stage, here in self._places(name):
-                path = self._path(rank, stage, PARTIAL)
-                checksum = write_values(path, self._layouts[stage][here], piece)
-            checksums.append(checksum)
-            del piece  # before the next rank's is made
-        self._journal.add(name, checksums)
-
-    def finish(self, common: Mapping[str, object]) -> None:
-        """Complete the files.
-
-        Args:
-            common: what is no tensor: args, iteration.
-        """
-        missing = [name for name in self._tensors if not self.is_written(name)]
-        assert not missing, f"not written: {missing[:3]}"
-        for rank, stage in self._all_paths():
-            tensors = self._layouts[stage]
-            content = {"checkpoint_version": 3.0, "iteration": 0, **common, "model": tensors}
-            path = self._path(rank, stage, PARTIAL)
-            complete(path, content, tensors, self._checksums(rank, stage))
-            os.replace(path, self._path(rank, stage))
-        self._journal.remove()
-
-    def close(self) -> None:
-        """Nothing is open between two writes."""
-
-    def _in_stage(self, stage: int, dtypes: Mapping[str, torch.dtype]):
-        """Shape and dtype of a stage's pieces, by the names that they have there."""
-        return {
-            here: (tensor.layout.local_shape(self._ranks), dtypes[name])
-            for name, tensor in self._tensors.items()
-            for place, here in self._places(name)
-            if place == stage
-        }
-
-    def _places(self, name: str) -> Iterator[tuple[int, str]]:
-        """The stages that hold a tensor, with its name there."""
-        tensor = self._tensors[name]
-        here = name if tensor.layer is None else with_layer(name, tensor.layer % self._layers)
-        yield stage_of(tensor, self._layers, self._stages), here
-        if name == EMBEDDING and HEAD not in self._tensors and self._stages > 1:
-            yield self._stages - 1, HEAD
-
-    def _path(self, rank: int, stage: int, suffix: str = "") -> Path:
-        return self.iteration / rank_folder(rank, stage, self._stages) / (FILE + suffix)
-
-    def _all_paths(self) -> Iterator[tuple[int, int]]:
-        return itertools.product(range(self._ranks), range(self._stages))
-
-    def _go_on(self) -> None:
-        """Believe the journal as far as the files go."""
-        sizes = {}
-        for rank, stage in self._all_paths():
-            path, partial = self._path(rank, stage), self._path(rank, stage, PARTIAL)
-            path.parent.mkdir(exist_ok=True)
-            if path.is_file():
-                os.replace(path, partial)  # the writer was killed while it completed the files
-            sizes[rank, stage] = partial.stat().st_size if partial.is_file() else 0
-        kept = {
-            name: entry
-            for name, entry in self._journal.entries.items()
-            if all(
-                self._layouts[stage][here].end <= sizes[rank, stage]
-                for stage, here in self._places(name)
-                for rank in range(self._ranks)
-            )
-        }
-        self._journal.keep(kept)
-
-    def _checksums(self, rank: int, stage: int) -> dict[str, int]:
-        """Of one file's pieces, by the names there."""
-        return {
-            here: self._journal.entries[name][rank]
-            for name in self._tensors
-            for place, here in self._places(name)
-            if place == stage
-        }

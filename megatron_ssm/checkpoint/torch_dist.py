@@ -1,47 +1,29 @@
-"""Megatron-core's distributed checkpoint format, "torch_dist": read and written by one process, without its groups.
+"""Megatron-core's distributed checkpoint format, "torch_dist": read by one process, without its groups.
 
-    .metadata           which chunks make up each tensor, and where they lie     (torch.distributed.checkpoint)
-    __{rank}_0.distcp   one rank's chunks, each as torch.save writes it; rank = stage · T + tensor-parallel rank
-    common.pt           what is no tensor: arguments, iteration
-    metadata.json       the format's name and version
-
-The writer appends a tensor's chunks to the files of the ranks that own them, and notes it in a journal.
+.metadata           which chunks make up each tensor, and where they lie     (torch.distributed.checkpoint)
+__{rank}_0.distcp   one rank's chunks, each as torch.save writes it; rank = stage · T + tensor-parallel rank
+common.pt           what is no tensor: arguments, iteration
+metadata.json       the format's name and version
 """
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_ssm.checkpoint.chunks import Chunk, chunks
-from megatron_ssm.checkpoint.journal import PARTIAL, Journal, purpose
-from megatron_ssm.checkpoint.megatron_tensors_on_disk import canonical_name, is_parameter, layers_a_stage, stage_of
-from megatron_ssm.checkpoint.untrusted_pickle import load_metadata, load_untrusted
+from megatron_ssm.checkpoint.chunks import chunks
+from megatron_ssm.checkpoint.item_reader import ItemReader
+from megatron_ssm.checkpoint.megatron_tensors_on_disk import canonical_name, is_parameter
+from megatron_ssm.checkpoint.raw_values import raw
+from megatron_ssm.checkpoint.untrusted_pickle import DAMAGED, load_metadata, load_untrusted
 from megatron_ssm.hybrid.form import MegatronTensor
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
-VERSIONS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class TorchDistReader:
@@ -63,7 +45,12 @@ class TorchDistReader:
         self.iteration = Path(iteration)
         self.common = _read_common(self.iteration / COMMON)
         self._metadata = load_metadata(self.iteration / METADATA)
-        self._storage = _StoredChunks(self.iteration, self._metadata)
+        self._items = ItemReader(self.iteration)
+        for info in (self._metadata.storage_data or {}).values():
+            if "/" in info.relative_path or info.relative_path in ("", ".", ".."):
+                raise ValueError(
+                    f"{self.iteration / METADATA}: expected files of its own directory, found {info.relative_path!r}"
+                )
         described = self._metadata.state_dict_metadata
         self._stored = {
             key: tensor
@@ -88,7 +75,7 @@ class TorchDistReader:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What every tensor is stored in."""
-        return {name: self._parts(name)[0].properties.dtype for name in self._keys}
+        return {name: self._dtype(name) for name in self._keys}
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, packed, in the dtype that it is stored in.
@@ -96,14 +83,26 @@ class TorchDistReader:
         Raises:
             ValueError: a file is damaged or missing; names it.
         """
-        keys = self._keys[name]
-        whole = torch.empty(self._shape(name), dtype=self._parts(name)[0].properties.dtype)
+        whole = torch.empty(self._shape(name), dtype=self._dtype(name))
+        self.read_into(name, whole)
+        return whole
+
+    def read_into(self, name: str, whole: torch.Tensor) -> None:
+        """The same, to where it belongs.
+
+        Args:
+            name: of the tensor.
+            whole: contiguous, in its shape and the dtype that it is stored in.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        keys, values = self._keys[name], raw(whole)
         if len(keys) == 1:
-            self._fill(dict.fromkeys(keys.values(), whole), name)
+            self._fill(name, *keys.values(), values)
         else:
             for chunk in chunks(name, self._tensors[name].layout, 0, 1):
-                self._fill({keys[chunk.key]: whole[chunk.whole]}, name)
-        return whole
+                self._fill(name, keys[chunk.key], values[chunk.whole])
 
     def where(self, name: str) -> str:
         """For messages: the file that holds the beginning of the tensor."""
@@ -113,7 +112,8 @@ class TorchDistReader:
         return str(self.iteration / (info.relative_path if info else METADATA))
 
     def close(self) -> None:
-        """Nothing is open between two reads."""
+        """Close the files."""
+        self._items.close()
 
     def _packed_keys(self, tensor: MegatronTensor) -> dict[str, str]:
         """The keys of a packed tensor's parts; none where it has none of its own."""
@@ -140,6 +140,9 @@ class TorchDistReader:
 
     def _parts(self, name: str) -> list[TensorStorageMetadata]:
         return [self._stored[key] for key in self._keys[name].values()]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._stored[next(iter(self._keys[name].values()))].properties.dtype
 
     def _shape(self, name: str) -> tuple[int, ...]:
         parts = self._parts(name)
@@ -169,157 +172,22 @@ class TorchDistReader:
                 f"{self.iteration / METADATA}: {name}: expected its parts in one dtype, found {sorted(dtypes)}"
             )
 
-    def _fill(self, targets: dict[str, torch.Tensor], name: str) -> None:
-        for key, target in targets.items():
-            if self._stored[key].size != target.shape:
-                raise ValueError(
-                    f"{self.where(name)}: {key}: expected shape {list(target.shape)}, found "
-                    f"{list(self._stored[key].size)}"
-                )
+    def _fill(self, name: str, key: str, values: np.ndarray) -> None:
+        """Read one tensor of the checkpoint to where it belongs."""
+        stored = self._stored[key]
+        if stored.size != values.shape:
+            raise ValueError(
+                f"{self.where(name)}: {key}: expected shape {list(values.shape)}, found {list(stored.size)}"
+            )
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*single process.*")
-                dcp.load(targets, storage_reader=self._storage, no_dist=True)
-        except CheckpointException as error:
-            reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
-            raise ValueError(f"{self.where(name)}: cannot read {name}: damaged or missing: {reasons}") from error
-
-
-class TorchDistWriter:
-    """Writes a checkpoint of T tensor-parallel ranks in P pipeline stages, tensor by tensor.
-
-    Args:
-        iteration: the directory to make; one that a killed writer left is gone on with.
-        tensors: padded, by name.
-        dtypes: of every tensor.
-        tensor_parallel_size: T.
-        pipeline_parallel_size: P.
-
-    Raises:
-        ValueError: so many ranks cannot share the tensors, or the directory holds something else.
-    """
-
-    def __init__(
-        self,
-        iteration: Path,
-        tensors: Mapping[str, MegatronTensor],
-        dtypes: Mapping[str, torch.dtype],
-        *,
-        tensor_parallel_size: int,
-        pipeline_parallel_size: int,
-    ):
-        self.iteration = Path(iteration)
-        self._tensors, self._dtypes, self._ranks = tensors, dtypes, tensor_parallel_size
-        self._stages, self._layers = pipeline_parallel_size, layers_a_stage(tensors, pipeline_parallel_size)
-        for name, tensor in tensors.items():
-            tensor.layout.check(name, tensor_parallel_size)
-        content = purpose("torch_dist", tensors, dtypes, tensor_parallel_size, pipeline_parallel_size)
-        self._journal = Journal(self.iteration, content)
-        self._go_on()
-
-    def is_written(self, name: str) -> bool:
-        """Whether the tensor is in the checkpoint."""
-        return name in self._journal.entries
-
-    def write(self, name: str, whole: torch.Tensor) -> None:
-        """Add a tensor, in the dtype that was told."""
-        assert whole.dtype is self._dtypes[name] and not self.is_written(name), name
-        entry = []
-        for file, chunk in self._owned(name):
-            with (self.iteration / (file + PARTIAL)).open("ab") as stream:
-                start = stream.tell()
-                part = whole[chunk.whole]
-                if part.untyped_storage().nbytes() != part.nbytes:  # torch.save writes all that is behind a view
-                    part = part.clone(memory_format=torch.contiguous_format)
-                torch.save(part, stream)
-                entry.append([file, start, stream.tell() - start])
-        self._journal.add(name, entry)
-
-    def finish(self, common: Mapping[str, object]) -> None:
-        """Complete the checkpoint.
-
-        Args:
-            common: what is no tensor: args, iteration.
-        """
-        missing = [name for name in self._tensors if not self.is_written(name)]
-        assert not missing, f"not written: {missing[:3]}"
-        for file in self._ends():
-            os.replace(self.iteration / (file + PARTIAL), self.iteration / file)
-        torch.save({"checkpoint_version": 3.0, "iteration": 0, **common}, self.iteration / COMMON)
-        (self.iteration / FORMAT).write_text(json.dumps(VERSIONS))
-        partial = self.iteration / (METADATA + PARTIAL)
-        with partial.open("wb") as file:
-            pickle.dump(self._metadata(), file)
-        os.replace(partial, self.iteration / METADATA)
-        self._journal.remove()
-
-    def close(self) -> None:
-        """Nothing is open between two writes."""
-
-    def _owned(self, name: str) -> Iterator[tuple[str, Chunk]]:
-        """Every part of the tensor, with the file of the first rank that holds it."""
-        tensor = self._tensors[name]
-        stage = stage_of(tensor, self._layers, self._stages)
-        for rank in range(self._ranks):
-            file = f"__{stage * self._ranks + rank}_0.distcp"
-            for chunk in chunks(name, tensor.layout, rank, self._ranks, key_a_segment=tensor.key_a_segment):
-                if chunk.is_first:
-                    yield file, chunk
-
-    def _ends(self) -> dict[str, int]:
-        """How long each file is, by the journal."""
-        ends = {}
-        for entry in self._journal.entries.values():
-            for file, start, length in entry:
-                ends[file] = start + length
-        return ends
-
-    def _go_on(self) -> None:
-        """Believe the journal as far as the files go, and cut off what is behind."""
-        for file in self.iteration.glob("__*.distcp"):
-            os.replace(file, file.with_name(file.name + PARTIAL))
-        sizes = {file.name: file.stat().st_size for file in self.iteration.glob("*.distcp" + PARTIAL)}
-        kept = {}
-        for name, entry in self._journal.entries.items():
-            if any(sizes.get(file + PARTIAL, 0) < start + length for file, start, length in entry):
-                break
-            kept[name] = entry
-        self._journal.keep(kept)
-        ends = self._ends()
-        for file in sizes:
-            os.truncate(self.iteration / file, ends.get(file.removesuffix(PARTIAL), 0))
-
-    def _metadata(self) -> Metadata:
-        described, stored = {}, {}
-        for name in self._tensors:
-            properties = TensorProperties(dtype=self._dtypes[name])
-            for (file, chunk), (noted, start, length) in zip(
-                self._owned(name), self._journal.entries[name], strict=True
-            ):
-                assert file == noted
-                size = torch.Size(chunk.shape)
-                tensor = described.setdefault(chunk.key, TensorStorageMetadata(properties, size, []))
-                offsets = torch.Size(chunk.offset)
-                sizes = torch.Size(part.stop - part.start for part in chunk.place)
-                tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
-                stored[MetadataIndex(chunk.key, offsets)] = _StorageInfo(file, start, length)
-        return Metadata(described, planner_data={}, storage_data=stored, version=CURRENT_DCP_VERSION)
-
-
-class _StoredChunks(dcp.FileSystemReader):
-    """Torch's reader, with metadata that were read with care."""
-
-    def __init__(self, iteration: Path, described: Metadata):
-        super().__init__(iteration)
-        self._described = described
-        for info in (described.storage_data or {}).values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise ValueError(
-                    f"{iteration / METADATA}: expected files of its own directory, found {info.relative_path!r}"
+            for chunk in stored.chunks:
+                place = tuple(
+                    slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
                 )
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self._described
+                info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                self._items.read(info, stored.properties.dtype, values[(*place, ...)])
+        except DAMAGED as error:
+            raise ValueError(f"{self.where(name)}: cannot read {name}: damaged or missing: {error}") from error
 
 
 def _read_common(path: Path) -> dict:

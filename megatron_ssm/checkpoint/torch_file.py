@@ -18,14 +18,16 @@ import pickle
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_ssm.checkpoint.raw_values import raw, write_all
+
 _ALIGNMENT = 64
-_STORAGES = {
+STORAGES = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -81,12 +83,10 @@ def lay_out(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[
 def write_values(path: Path, stored: StoredTensor, tensor: torch.Tensor) -> int:
     """Put a tensor's values into the file. Returns their CRC-32."""
     assert tuple(tensor.shape) == stored.shape and tensor.dtype is stored.dtype
-    values = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    values = raw(tensor.contiguous())
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        written = 0
-        while written < len(values):
-            written += os.pwrite(descriptor, values[written:], stored.start + written)
+        write_all(descriptor, [values], stored.start)
     finally:
         os.close(descriptor)
     return zlib.crc32(values)
@@ -101,30 +101,45 @@ def complete(path: Path, content: object, tensors: Mapping[str, StoredTensor], c
         tensors: all of them, by name.
         checksums: CRC-32 of their values, by name.
     """
-    records = []
-    with path.open("r+b") as file:
-        for name, stored in tensors.items():
-            record = _record(stored)
-            record.CRC = checksums[name]
-            unpadded = len(record.FileHeader())
-            record.extra = _padding(stored.start - stored.header - unpadded)
-            file.seek(stored.header)
-            file.write(record.FileHeader())
-            records.append(record)
-        file.truncate(max((stored.end for stored in tensors.values()), default=0))
+    headers, tail = around(content, [(stored, checksums[name]) for name, stored in tensors.items()])
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        for stored, header in zip(tensors.values(), headers, strict=True):
+            write_all(descriptor, [header], stored.header)
+        end = max((stored.end for stored in tensors.values()), default=0)
+        os.ftruncate(descriptor, end)
+        write_all(descriptor, [tail], end)
+    finally:
+        os.close(descriptor)
+
+
+def around(content: object, tensors: Sequence[tuple[StoredTensor, int]]) -> tuple[list[bytes], bytes]:
+    """What a file has beside the tensors' values: what lies before each of them, and what lies behind them all.
+
+    Args:
+        content: what is pickled.
+        tensors: all of them, in the order in which they lie in the file, each with the CRC-32 of its values.
+    """
+    records = [_record(stored, checksum) for stored, checksum in tensors]
+    headers = []
+    for (stored, _), record in zip(tensors, records, strict=True):
+        record.extra = _padding(stored.start - stored.header - len(record.FileHeader()))
+        headers.append(record.FileHeader())
     pickled = io.BytesIO()
     _Pickler(pickled, protocol=2).dump(content)
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+    behind = _Behind(max((stored.end for stored, _ in tensors), default=0))
+    with zipfile.ZipFile(behind, "w", zipfile.ZIP_STORED) as archive:
         archive.filelist.extend(records)
         archive.NameToInfo.update({record.filename: record for record in records})
         for name, data in (("data.pkl", pickled.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+    return headers, behind.getvalue()
 
 
-def _record(stored: StoredTensor) -> zipfile.ZipInfo:
+def _record(stored: StoredTensor, checksum: int = 0) -> zipfile.ZipInfo:
     record = zipfile.ZipInfo(f"archive/data/{stored.key}")
     record.file_size = record.compress_size = stored.count * stored.dtype.itemsize
-    record.header_offset, record.CRC = stored.header, 0
+    record.header_offset, record.CRC = stored.header, checksum
     return record
 
 
@@ -133,6 +148,20 @@ def _padding(size: int) -> bytes:
         return b""
     assert size >= 4
     return b"FB" + (size - 4).to_bytes(2, "little") + b"Z" * (size - 4)
+
+
+class _Behind(io.BytesIO):
+    """A file of which so many bytes lie before what is here."""
+
+    def __init__(self, before: int):
+        super().__init__()
+        self._before = before
+
+    def tell(self) -> int:
+        return self._before + super().tell()
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        return self._before + super().seek(place - self._before if whence == os.SEEK_SET else place, whence)
 
 
 class _Storage:
@@ -154,4 +183,4 @@ class _Pickler(pickle.Pickler):
         if not isinstance(item, _Storage):
             return None
         stored = item.stored
-        return ("storage", _STORAGES[stored.dtype], str(stored.key), "cpu", stored.count)
+        return ("storage", STORAGES[stored.dtype], str(stored.key), "cpu", stored.count)

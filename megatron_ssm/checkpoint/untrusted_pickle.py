@@ -16,7 +16,18 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 _STOOD_IN_FOR = ("megatron", "transformer_engine", "numpy", "signal", "_io", "types")
-_DAMAGED = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+# What reading a damaged file may raise.
+DAMAGED = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    pickle.UnpicklingError,
+)
 
 
 _FROM_TORCH = {
@@ -67,7 +78,7 @@ def load_untrusted(path: Path, *, map_location: str = "cpu") -> object:
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (*_DAMAGED, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is no file that torch.save has written, or is damaged: {error}") from error
     trusted = "argparse.Namespace"
     refused = sorted(name for name in names if name != trusted and name.split(".")[0] not in _STOOD_IN_FOR)
@@ -80,7 +91,7 @@ def load_untrusted(path: Path, *, map_location: str = "cpu") -> object:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(f"{path}: refused: {found[1] if found else error}") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -95,7 +106,7 @@ def load_metadata(path: Path) -> metadata.Metadata:
             found = _MetadataUnpickler(file).load()
     except _Refused as error:
         raise ValueError(f"{path}: refused: {error}") from error
-    except (*_DAMAGED, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     if not isinstance(found, metadata.Metadata):
         raise ValueError(f"{path}: expected a Metadata of torch.distributed.checkpoint, found {type(found).__name__}")

@@ -2,5 +2,6 @@
 
 convert.py          the loop over the tensors, and what is checked before it
 from_*.py, to_*.py  the four ends
+plugin_*.py         the same ends as loaders and savers of Megatron-LM's own converter
 inspection.py       what a checkpoint is, and whether it is whole
 """

@@ -9,27 +9,28 @@ What can be wrong is looked for before anything is written, and what is written 
 
 from __future__ import annotations
 
-import itertools
+import gc
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from megatron_ssm.conversion.buffers import LARGE
 from megatron_ssm.conversion.cast import written_dtype
 from megatron_ssm.conversion.from_hugging_face import HuggingFaceSource
 from megatron_ssm.conversion.from_megatron import MegatronSource
 from megatron_ssm.conversion.options import HUGGING_FACE, MEGATRON, Conversion
+from megatron_ssm.conversion.source import Source
 from megatron_ssm.conversion.to_hugging_face import HuggingFaceTarget
 from megatron_ssm.conversion.to_megatron import MegatronTarget
 from megatron_ssm.conversion.work_directory import WorkDirectory, checked_target
 from megatron_ssm.hybrid.form import MegatronTensor, megatron_layers
 
-_VERSION = 1  # of what this writes: another goes on with nothing that this one has left
+_LONG = 1 << 20  # bytes whose checksum takes longer than telling a thread to compute it
+_VERSION = 2  # of what this writes: another goes on with nothing that this one has left
 
 
 def _ignore(planned: PlannedConversion, name: str) -> None:
@@ -48,7 +49,7 @@ class PlannedConversion:
     """
 
     options: Conversion
-    source: HuggingFaceSource | MegatronSource
+    source: Source
     tensors: dict[str, MegatronTensor]
     dtypes: dict[str, torch.dtype]
 
@@ -74,15 +75,19 @@ class PlannedConversion:
         self.source.close()
 
 
-def plan_conversion(options: Conversion) -> PlannedConversion:
+def plan_conversion(options: Conversion, source: Source | None = None) -> PlannedConversion:
     """Read what a checkpoint is, and see whether it can become what is asked for.
+
+    Args:
+        options: what to convert into what.
+        source: open, to be closed with what is returned; None opens what the options name.
 
     Raises:
         ValueError: it cannot; the message names the file, the tensor and the numbers.
     """
-    checked_target(options.save)
-    source = _open(options)
     try:
+        checked_target(options.save)
+        source = source or _open(options)
         source.family.check(source.config, ranks=1)
         tensors = source.tensors
         if options.target == MEGATRON:
@@ -91,36 +96,55 @@ def plan_conversion(options: Conversion) -> PlannedConversion:
             name: written_dtype(tensor, source.dtypes(tensor), options.cast_to) for name, tensor in tensors.items()
         }
     except BaseException:
-        source.close()
+        if source is not None:
+            source.close()
         raise
     return PlannedConversion(options=options, source=source, tensors=tensors, dtypes=dtypes)
 
 
-def convert(options: Conversion, progress: Callable[[PlannedConversion, str], None] = _ignore) -> None:
+def convert(
+    options: Conversion,
+    progress: Callable[[PlannedConversion, str], None] = _ignore,
+    source: Source | None = None,
+) -> None:
     """Convert a checkpoint, or go on with a conversion that was stopped.
 
     Args:
         options: what to convert into what.
         progress: called with each tensor's name when it is written, or found to be.
+        source: as in `plan_conversion`.
 
     Raises:
         ValueError: it is not possible; nothing is written. Or a tensor is damaged.
         OSError: the disk is full, say. The same conversion can then be gone on with.
     """
-    planned = plan_conversion(options)
-    try:
-        work = WorkDirectory(options.save, _record(planned))
+    with _without_collections():
+        planned = plan_conversion(options, source)
         try:
-            _check_room(planned, work)
-            _write(planned, work, progress)
-            work.finish()
+            work = WorkDirectory(options.save, _record(planned))
+            try:
+                _check_room(planned, work)
+                _write(planned, work, progress)
+                work.finish()
+            finally:
+                work.close()
         finally:
-            work.close()
+            planned.close()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Leave garbage in cycles for later: to look for it among all that was imported takes as long as 1 GB."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        planned.close()
+        if enabled:
+            gc.enable()
 
 
-def _open(options: Conversion) -> HuggingFaceSource | MegatronSource:
+def _open(options: Conversion) -> Source:
     if not options.load.is_dir():
         raise ValueError(f"{options.load}: no such directory")
     if options.source == HUGGING_FACE:
@@ -171,35 +195,20 @@ def _check_room(planned: PlannedConversion, work: WorkDirectory) -> None:
 
 def _write(planned: PlannedConversion, work: WorkDirectory, progress: Callable) -> None:
     source, target = planned.source, _target(planned, work)
-    left = [name for name, tensor in planned.tensors.items() if not target.is_written(tensor)]
+    has_checksums = isinstance(source, HuggingFaceSource) and source.has_checksums
     try:
-        with ThreadPoolExecutor(1) as thread, closing(_read_ahead(planned, left)) as wholes:
+        with ThreadPoolExecutor(1) as thread:
             for name, tensor in planned.tensors.items():
-                verified = thread.submit(source.verify, tensor)  # beside the writing, and also of what is written
+                # Beside the writing, if that is worth telling a thread; and also of what is written.
+                long = has_checksums and planned.nbytes(name) >= _LONG
+                verified = thread.submit(source.verify, tensor) if long else None
                 if not target.is_written(tensor):
-                    target.write(tensor, next(wholes))
-                verified.result()
+                    target.write(tensor, source.read(tensor, planned.dtypes[name]))
+                verified.result() if verified else source.verify(tensor)
                 progress(planned, name)
         target.finish(source.family.plan(source.config), source.beside, planned.usual_dtype)
     finally:
         target.close()
-
-
-def _read_ahead(planned: PlannedConversion, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """The tensors to write, each read while the one before it is written, unless both are large."""
-
-    def read(name: str) -> torch.Tensor:
-        return planned.source.read(planned.tensors[name], planned.dtypes[name])
-
-    with ThreadPoolExecutor(1) as thread:
-        ahead = None
-        for name, following in itertools.zip_longest(names, names[1:]):
-            whole = ahead.result() if ahead else read(name)
-            ahead = None
-            if following and min(planned.nbytes(name), planned.nbytes(following)) <= LARGE:
-                ahead = thread.submit(read, following)
-            yield whole
-            del whole
 
 
 def _target(planned: PlannedConversion, work: WorkDirectory) -> HuggingFaceTarget | MegatronTarget:

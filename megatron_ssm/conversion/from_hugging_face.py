@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_ssm.checkpoint.buffers import Buffers
 from megatron_ssm.checkpoint.config_file import read_config
 from megatron_ssm.checkpoint.stored_names import where_stored
-from megatron_ssm.conversion.buffers import Buffers
 from megatron_ssm.conversion.cast import cast
 from megatron_ssm.conversion.companions import CONFIG, companions
 from megatron_ssm.conversion.streamed_safetensors import StreamedSafetensors
@@ -58,13 +58,18 @@ class HuggingFaceSource:
         """
         if set(self.dtypes(tensor).values()) != {dtype}:
             return tensor.packed(lambda name, index: cast(name, self._files.read(self._stored[name], index), dtype))
-        whole = self._buffers.take(tensor.layout.shape, dtype)
-        if sum(torch.Size(piece.shape).numel() for piece in tensor.pieces) < whole.numel():
-            whole.zero_()  # padding
+        whole = self._buffers.tensor(tensor.layout.shape, dtype)
+        if tensor.layout.shape != (unpadded := self.tensors[tensor.name].layout.shape):
+            whole[unpadded[0] :] = 0
         for piece in tensor.pieces:
             for there, here in piece.copies:
                 self._files.read_into(self._stored[piece.name], there, whole[here])
         return whole
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether there is anything to verify."""
+        return self._files.has_checksums
 
     def verify(self, tensor: MegatronTensor) -> None:
         """Check the CRC-32 of what a tensor is packed from, where it is known.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from megatron_ssm.checkpoint.buffers import LARGE, Buffers
 from megatron_ssm.checkpoint.config_file import read_config
 from megatron_ssm.checkpoint.megatron_directory import find_iteration, open_megatron
 from megatron_ssm.conversion.cast import cast
@@ -41,31 +43,41 @@ class MegatronSource:
         self.config, self.family = read_config(self.beside)
         self.tensors = megatron_tensors(self.family, self.config)
         self._reader = open_megatron(self.iteration, self.tensors)
+        self._buffers = Buffers()
         try:
+            self._shapes, self._dtypes = self._reader.shapes(), self._reader.dtypes()
             self._check()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def arguments(self) -> argparse.Namespace | None:
+        """Those of the run that wrote it, as far as they can be read."""
+        return self._reader.common["args"]
+
     def dtypes(self, tensor: MegatronTensor) -> dict[str, torch.dtype]:
         """The dtype of a tensor, by its name."""
-        return {tensor.name: self._reader.dtypes()[tensor.name]}
+        return {tensor.name: self._dtypes[tensor.name]}
 
     def read(self, tensor: MegatronTensor, dtype: torch.dtype) -> torch.Tensor:
-        """One of `tensors`, with as many rows of padding as its layout has.
+        """One of `tensors`, with as many rows of padding as its layout has. It lasts as Buffers says.
 
         Raises:
             ValueError: it is damaged, or `dtype` cannot hold its values.
         """
-        whole = cast(tensor.name, self._reader.read(tensor.name), dtype)
-        rows, vocabulary = tensor.layout.shape[:1], self.tensors[tensor.name].layout.shape[:1]
-        if rows == whole.shape[:1]:
-            return whole
-        if rows == vocabulary:
-            return whole[: rows[0]]
-        padded = whole.new_zeros(tensor.layout.shape)
-        padded[: vocabulary[0]] = whole[: vocabulary[0]]
-        return padded
+        found, stored = self._shapes[tensor.name], self._dtypes[tensor.name]
+        if found == tensor.layout.shape:
+            whole = self._buffers.tensor(found, stored)
+            self._reader.read_into(tensor.name, whole)
+            return cast(tensor.name, whole, dtype)
+        rows, vocabulary = tensor.layout.shape[0], self.tensors[tensor.name].layout.shape[0]
+        whole = self._buffers.tensor((max(rows, found[0]), *found[1:]), stored)
+        self._reader.read_into(tensor.name, whole[: found[0]])
+        whole[vocabulary:] = 0
+        if whole[:rows].nbytes <= LARGE < whole.nbytes:
+            return cast(tensor.name, whole[:rows].clone(), dtype)  # Buffers keeps no large one while another is read
+        return cast(tensor.name, whole[:rows], dtype)
 
     def verify(self, tensor: MegatronTensor) -> None:
         """Nothing to verify beyond what reading does."""
@@ -84,7 +96,7 @@ class MegatronSource:
         self._reader.close()
 
     def _check(self) -> None:
-        found = self._reader.shapes()
+        found = self._shapes
         problems = shape_problems(self.tensors, found)
         if problems:
             name, problem = next(iter(problems.items()))

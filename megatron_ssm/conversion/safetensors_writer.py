@@ -12,18 +12,19 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS, checksum
+from megatron_ssm.checkpoint.background_writing import Write
+from megatron_ssm.checkpoint.raw_values import write_all
+from megatron_ssm.checkpoint.safetensors_source import CHECKSUMS
 from megatron_ssm.conversion.streamed_safetensors import TORCH_DTYPES
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_LARGEST_WRITE = 1 << 30  # a call of the system writes no more than 2 GB
 _READ = 1 << 22
 
 
@@ -52,36 +53,26 @@ class SafetensorsWriter:
         self._offsets = _places(entries)
         self._header_size = len(self._header(dict.fromkeys(entries, 0xFFFFFFFF)))
         self._header_size += -self._header_size % 8  # torch wants the tensors behind it aligned
-        path.touch()
-        self._thread = ThreadPoolExecutor(1)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def holds(self, name: str, expected: int) -> bool:
         """Whether the tensor with this CRC-32 is in the file."""
-        begin, end = self._offsets[name]
+        begin, end = (8 + self._header_size + place for place in self._offsets[name])
         found = 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(8 + self._header_size + begin)
-            while begin < end and (read := file.read(min(_READ, end - begin))):
-                found, begin = zlib.crc32(read, found), begin + len(read)
+        while begin < end and (read := os.pread(self._descriptor, min(_READ, end - begin), begin)):
+            found, begin = zlib.crc32(read, found), begin + len(read)
         return found == expected and begin == end
 
-    def write(self, name: str, tensor: torch.Tensor) -> int:
-        """Put a tensor in its place.
+    def write(self, name: str, parts: Sequence[np.ndarray]) -> Write:
+        """What puts a tensor in its place.
 
-        Returns:
-            its CRC-32.
-
-        Raises:
-            OSError: it cannot be written.
+        Args:
+            name: of the tensor.
+            parts: its values, in parts that follow one another.
         """
-        entry = self.entries[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
-        tensor = tensor.contiguous()
-        found = self._thread.submit(checksum, tensor)  # beside the writing: neither holds the interpreter
-        with self.path.open("r+b", buffering=0) as file:
-            file.seek(8 + self._header_size + self._offsets[name][0])
-            _write_all(file, tensor.view(-1).view(torch.uint8).numpy().data)
-        return found.result()
+        begin, end = self._offsets[name]
+        assert sum(part.nbytes for part in parts) == end - begin, name
+        return Write(self._descriptor, parts, 8 + self._header_size + begin)
 
     def finish(self, checksums: Mapping[str, int]) -> None:
         """Write the header: from now on it is a safetensors file.
@@ -93,12 +84,11 @@ class SafetensorsWriter:
             OSError: it cannot be written.
         """
         header = self._header({name: checksums[name] for name in self.entries}).ljust(self._header_size)
-        with self.path.open("r+b", buffering=0) as file:
-            _write_all(file, memoryview(struct.pack("<Q", self._header_size) + header))
+        write_all(self._descriptor, [struct.pack("<Q", self._header_size), header], 0)
 
     def close(self) -> None:
-        """End the thread that computes checksums."""
-        self._thread.shutdown()
+        """Close the file."""
+        os.close(self._descriptor)
 
     def _header(self, checksums: Mapping[str, int]) -> bytes:
         tensors = {
@@ -116,8 +106,3 @@ def _places(entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
         places[name] = (start, start + entry.nbytes)
         start += entry.nbytes
     return places
-
-
-def _write_all(file, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file.fileno(), data[:_LARGEST_WRITE]) :]

@@ -63,6 +63,11 @@ class StreamedSafetensors(SafetensorsSource):
         else:
             target.copy_(self.read(name, index))
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether some file carries the CRC-32 of its tensors."""
+        return any(self._checksums.values())
+
     def verify_tensor(self, name: str) -> None:
         """Check the CRC-32 of one tensor, where its file carries it.
 

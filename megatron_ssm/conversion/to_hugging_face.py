@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from megatron_ssm.checkpoint.background_writing import BackgroundWriting
+from megatron_ssm.checkpoint.buffers import Buffers
 from megatron_ssm.checkpoint.journal import Journal
+from megatron_ssm.checkpoint.raw_values import consecutive, raw
 from megatron_ssm.checkpoint.safetensors_source import INDEX, SINGLE
 from megatron_ssm.conversion.companions import copy_companions
 from megatron_ssm.conversion.safetensors_writer import Entry, SafetensorsWriter
-from megatron_ssm.hybrid.form import MegatronTensor, Piece
+from megatron_ssm.hybrid.form import MegatronTensor
 from megatron_ssm.plan import ModelPlan
 
 
@@ -46,18 +49,28 @@ class HuggingFaceTarget:
         self._journal = Journal(journal, {"format": "safetensors", "tensors": described})
         # The machine itself may have gone down: what is in the files counts.
         left = self._journal.entries.items()
-        self._journal.keep({name: crc for name, crc in left if self._holder[name].holds(name, crc)})
+        self._journal.keep({name: [crc] for name, (crc,) in left if self._holder[name].holds(name, crc)})
+        self._writing = BackgroundWriting(self._journal)
+        self._buffers = Buffers()
 
     def is_written(self, tensor: MegatronTensor) -> bool:
         """Whether all that is packed into the tensor is written."""
-        return all(piece.name in self._journal.entries for piece in tensor.pieces)
+        return all(piece.name in self._writing for piece in tensor.pieces)
 
     def write(self, tensor: MegatronTensor, whole: torch.Tensor) -> None:
-        """Write everything that is packed into one tensor."""
+        """Write everything that is packed into one tensor, whose memory must stay as it is until the next is written.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        values, room, writes, pieces = raw(whole), self._buffers.room(whole.nbytes), [], {}
         for piece in tensor.pieces:
-            if piece.name not in self._journal.entries:
-                checksum = self._holder[piece.name].write(piece.name, unpacked(piece, whole))
-                self._journal.add(piece.name, checksum)
+            if piece.name not in self._writing:
+                copies = [(here, there) for there, here in piece.copies]
+                parts = consecutive(values, copies, piece.shape, room.array)
+                writes.append(self._holder[piece.name].write(piece.name, parts))
+                pieces[piece.name] = [parts]
+        self._writing.add(whole.nbytes, writes, dict.fromkeys(pieces), pieces)
 
     def finish(self, plan: ModelPlan, beside: Path, dtype: torch.dtype) -> None:
         """Make the files whole and write what is no tensor.
@@ -67,8 +80,10 @@ class HuggingFaceTarget:
             beside: where its Hugging Face config lies.
             dtype: that most of its values have.
         """
+        self._writing.settle()
+        checksums = {name: crc for name, (crc,) in self._journal.entries.items()}
         for writer in self._writers:
-            writer.finish(self._journal.entries)
+            writer.finish(checksums)
         if len(self._writers) > 1:
             size = sum(entry.nbytes for writer in self._writers for entry in writer.entries.values())
             files = {name: writer.path.name for name, writer in sorted(self._holder.items())}
@@ -78,18 +93,12 @@ class HuggingFaceTarget:
 
     def close(self) -> None:
         """Close the files."""
-        for writer in self._writers:
-            writer.close()
-
-
-def unpacked(piece: Piece, whole: torch.Tensor) -> torch.Tensor:
-    """A tensor on disk, out of the Megatron tensor that it is packed into; a view of it where it lies in one place."""
-    if len(piece.copies) == 1:
-        return whole[piece.copies[0][1]]
-    values = whole.new_empty(piece.shape)
-    for there, here in piece.copies:
-        values[there] = whole[here]
-    return values
+        try:
+            self._writing.close()
+        finally:
+            self._journal.close()
+            for writer in self._writers:
+                writer.close()
 
 
 def _shards(entries: Mapping[str, Entry], most: int) -> dict[str, dict[str, Entry]]:

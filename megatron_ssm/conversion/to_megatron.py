@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from megatron_ssm.checkpoint.journal import JOURNAL
-from megatron_ssm.checkpoint.legacy import LegacyWriter
+from megatron_ssm.checkpoint.legacy_writer import LegacyWriter
 from megatron_ssm.checkpoint.megatron_arguments import megatron_arguments
 from megatron_ssm.checkpoint.megatron_directory import MegatronWriter
-from megatron_ssm.checkpoint.torch_dist import TorchDistWriter
+from megatron_ssm.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_ssm.conversion.companions import FOLDER, copy_companions
 from megatron_ssm.conversion.options import Conversion
 from megatron_ssm.hybrid.form import MegatronTensor
@@ -62,17 +62,12 @@ class MegatronTarget:
         return self._writer is None or self._writer.is_written(tensor.name)
 
     def write(self, tensor: MegatronTensor, whole: torch.Tensor) -> None:
-        """Write one tensor.
+        """Write one tensor, whose memory must stay as it is until the next one is written.
 
         Raises:
             OSError: it cannot be written.
         """
-        try:
-            self._writer.write(tensor.name, whole)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # which torch.save hides behind a complaint of its own
-                raise error.__context__ from error
-            raise
+        self._writer.write(tensor.name, whole)
 
     def finish(self, plan: ModelPlan, beside: Path, dtype: torch.dtype) -> None:
         """Write what is no tensor.

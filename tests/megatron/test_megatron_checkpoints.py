@@ -14,10 +14,10 @@ import torch
 from tiny import tiny_model
 from tiny_variants import ALL_VARIANTS, sizes
 
-from megatron_ssm.checkpoint.legacy import LegacyWriter
+from megatron_ssm.checkpoint.legacy_writer import LegacyWriter
 from megatron_ssm.checkpoint.megatron_arguments import megatron_arguments
 from megatron_ssm.checkpoint.megatron_directory import TRACKER, find_iteration, format_of, open_megatron
-from megatron_ssm.checkpoint.torch_dist import TorchDistWriter
+from megatron_ssm.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_ssm.families import family_of
 from megatron_ssm.hybrid.form import EMBEDDING, HEAD, megatron_tensors
 
