@@ -45,7 +45,9 @@ def existing_config(ranks: int) -> TransformerConfig:
 
 
 def main() -> None:
-    ranks, is_gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        raise SystemExit("expected a launcher: torchrun --nproc-per-node 2 examples/add_an_ssm_layer.py")
+    ranks, is_gpu = int(os.environ["WORLD_SIZE"]), torch.cuda.is_available()
     torch.distributed.init_process_group("nccl" if is_gpu else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
     run_without_gpu()

@@ -71,7 +71,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         train(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"train_hybrid.py: error: {error}\n")
         return 2
     finally:
@@ -122,10 +122,14 @@ def train(arguments: argparse.Namespace) -> None:
             save_checkpoint(model, family, MODEL, arguments.save, step + 1, optimizer, main_parameters)
     if is_first and first < arguments.steps:
         print(f"{arguments.save}: step {arguments.steps}, {loss.item() / math.log(2):.3f} bits a byte in the last step")
+    elif is_first:
+        print(f"{arguments.save}: at step {first} already; --steps {arguments.steps} leaves nothing to do")
 
 
 def start(arguments: argparse.Namespace) -> tuple[torch.device, ProcessGroupCollection]:
     """The device of this rank, and Megatron's process groups."""
+    if "RANK" not in os.environ:
+        raise ValueError("expected a launcher: torchrun --nproc-per-node 2 examples/train_hybrid.py …")
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
     if is_gpu:
@@ -133,8 +137,8 @@ def start(arguments: argparse.Namespace) -> tuple[torch.device, ProcessGroupColl
     run_without_gpu()
     torch.distributed.init_process_group("nccl" if is_gpu else "gloo")
     ranks = torch.distributed.get_world_size()
-    tensor_parallel_size = arguments.tensor_parallel_size or ranks
-    if ranks % tensor_parallel_size:
+    tensor_parallel_size = ranks if arguments.tensor_parallel_size is None else arguments.tensor_parallel_size
+    if tensor_parallel_size < 1 or ranks % tensor_parallel_size:
         raise ValueError(
             f"--tensor-parallel-size: expected a divisor of the {ranks} ranks, found {tensor_parallel_size}"
         )

@@ -81,8 +81,16 @@ def mamba2_of(config: TransformerConfig) -> Mamba2Config:
 
     Args:
         config: Megatron's; without `mamba_num_heads` the inner width is twice the model's.
+
+    Raises:
+        ValueError: the heads do not divide the inner width.
     """
     size = config.mamba_head_dim
+    if config.mamba_num_heads is None and 2 * config.hidden_size % size:
+        raise ValueError(
+            f"mamba_head_dim: expected a divisor of the inner width, {2 * config.hidden_size}, found {size}; or "
+            f"mamba_num_heads"
+        )
     return Mamba2Config(
         hidden_size=config.hidden_size,
         heads=config.mamba_num_heads or 2 * config.hidden_size // size,
@@ -119,7 +127,7 @@ def hybrid_stack_spec(
     mixer: Mamba1Config | Mamba2Config | None,
     *,
     norms: str | None = None,
-    experts: int | None = None,
+    experts: bool = False,
     plan: ModelPlan | None = None,
 ) -> ModuleSpec:
     """The stack spec of a MambaModel; the model's `hybrid_override_pattern` says which layer is what.
@@ -127,7 +135,7 @@ def hybrid_stack_spec(
     Args:
         mixer: of the `M` layers; None where there are none.
         norms: "transformer_engine", "apex" or "plain"; the fastest that is installed if left out.
-        experts: how many the `E` layers have (Megatron's config says the same); None where there are none.
+        experts: whether there are `E` layers; how many experts they have, Megatron's config says (`num_moe_experts`).
         plan: of a family's model; see `family_stack_spec`.
 
     Raises:
@@ -142,7 +150,7 @@ def hybrid_stack_spec(
             mamba_layer=IdentityOp if mixer is None else mamba_layer_spec(mixer, norms),
             attention_layer=_attention_layer(norm, fused),
             mlp_layer=_mlp_layer(norm, fused),
-            moe_layer=IdentityOp if experts is None else _moe_layer(norm, fused, experts),
+            moe_layer=_moe_layer(norm, fused) if experts else IdentityOp,  # no layer: refused where one is asked for
             final_norm=norm,
         ),
     )
@@ -187,6 +195,7 @@ def transformer_config(plan: ModelPlan, **changes) -> TransformerConfig:
         "gradient_accumulation_fusion": False,
         "is_hybrid_model": True,  # a layer is one part: outputs begin at std / √layers, not at std / √(2 · layers)
     }
+    # Attention and feed-forward layers share add_bias_linear: where they differ, form.py makes the latter blocks.
     for letter, fields_of in ((MIXER, _mixer_fields), (ATTENTION, _attention_fields), (FEED_FORWARD, _mlp_fields)):
         if letter in first:
             fields |= fields_of(first[letter])
@@ -254,8 +263,9 @@ def _mlp_layer(norm: type, fused: bool) -> ModuleSpec:
     )
 
 
-def _moe_layer(norm: type, fused: bool, experts: int) -> ModuleSpec:
-    moe = get_moe_module_spec(use_te=fused, num_experts=experts, moe_grouped_gemm=fused)
+def _moe_layer(norm: type, fused: bool) -> ModuleSpec:
+    # It wants a number, and makes nothing of it.
+    moe = get_moe_module_spec(use_te=fused, num_experts=1, moe_grouped_gemm=fused)
     if not fused:
         moe.submodules.router = PlainRouter
     return ModuleSpec(

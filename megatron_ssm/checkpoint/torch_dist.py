@@ -46,11 +46,7 @@ class TorchDistReader:
         self.common = _read_common(self.iteration / COMMON)
         self._metadata = load_metadata(self.iteration / METADATA)
         self._items = ItemReader(self.iteration)
-        for info in (self._metadata.storage_data or {}).values():
-            if "/" in info.relative_path or info.relative_path in ("", ".", ".."):
-                raise ValueError(
-                    f"{self.iteration / METADATA}: expected files of its own directory, found {info.relative_path!r}"
-                )
+        self._check_files()
         described = self._metadata.state_dict_metadata
         self._stored = {
             key: tensor
@@ -151,6 +147,22 @@ class TorchDistReader:
             dim = self._tensors[name].layout.dim
             shape[dim] = sum(part.size[dim] for part in parts)
         return tuple(shape)
+
+    def _check_files(self) -> None:
+        """Whether every file is there and as long as what it holds."""
+        ends: dict[str, int] = {}
+        for info in (self._metadata.storage_data or {}).values():
+            if "/" in info.relative_path or info.relative_path in ("", ".", ".."):
+                raise ValueError(
+                    f"{self.iteration / METADATA}: expected files of its own directory, found {info.relative_path!r}"
+                )
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for file, end in sorted(ends.items()):
+            path = self.iteration / file
+            if not path.is_file():
+                raise ValueError(f"{path}: expected a file of {end:,} bytes, as {METADATA} says, found none")
+            if (size := path.stat().st_size) < end:
+                raise ValueError(f"{path} is cut off: expected {end:,} bytes, as {METADATA} says, found {size:,}")
 
     def _check_chunks(self, key: str) -> None:
         stored = self._stored[key]

@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with _Bar() as bar:
             convert(conversion, bar.advance)
+        _say_what_it_cannot(conversion)
     except ValueError as error:
         return _fail(str(error), 2)
     except OSError as error:
@@ -103,6 +104,21 @@ def _conversion(options: argparse.Namespace):
     if "max_shard_size" in given:
         given["max_shard_size"] = parse_size(given["max_shard_size"])
     return Conversion(**given)
+
+
+def _say_what_it_cannot(conversion) -> None:
+    """Say what the written checkpoint is not good for."""
+    from megatron_ssm.checkpoint.config_file import read_config
+    from megatron_ssm.conversion.companions import FOLDER
+
+    if (conversion.pipeline_parallel_size or 1) == 1 or not (conversion.save / FOLDER).is_dir():
+        return
+    config, family = read_config(conversion.save / FOLDER)
+    if any(layer.shared is not None for layer in family.plan(config).layers):
+        sys.stderr.write(
+            f"{_PROGRAM}: note: layers of {family.model_type} share a block that reads the embeddings: such a model "
+            f"runs as one pipeline stage only, whatever the checkpoint has\n"
+        )
 
 
 def _fail(message: str, status: int) -> int:

@@ -71,7 +71,9 @@ def save_checkpoint(
     state = {"args": arguments, "checkpoint_version": 3.0, "iteration": iteration, **_sharded(model, optimizer, main)}
     dist_checkpointing.save(state, str(target), sharded_strategy=SynchronousSave())
     if dist.get_rank() == 0:
-        (Path(directory) / TRACKER).write_text(str(iteration))
+        tracker = Path(directory) / TRACKER
+        tracker.with_suffix(".new").write_text(str(iteration))
+        tracker.with_suffix(".new").replace(tracker)  # an interruption leaves the one before
     TorchReduction(dist.group.WORLD).barrier()
     return target
 

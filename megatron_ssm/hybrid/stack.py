@@ -84,14 +84,14 @@ class HybridStack(MambaStack):
         self.pp_group, self.tp_group = pg_collection.pp, pg_collection.tp
         self.input_tensor = None  # what the stage before this one sends
         letters = _letters(config, plan, hybrid_attention_ratio, hybrid_mlp_ratio, hybrid_override_pattern)
-        first, self.layer_type_list = 0, letters
+        first, own = 0, letters
         if self.pp_group.size() > 1:
-            first, self.layer_type_list = self._select_layers_for_pipeline_parallel(letters)
-        self.layers = nn.ModuleList(self._make_layers(submodules, first, pg_collection))
+            first, own = self._select_layers_for_pipeline_parallel(letters)
+        self.layers = nn.ModuleList(self._make_layers(own, submodules, first, pg_collection))
         # Dynamic contexts ask which layers keep what; a block without a state is to them what a layer of experts is.
         self.layer_type_list = [
             EXPERTS if letter == BLOCK and not layer.remembering else letter
-            for letter, layer in zip(self.layer_type_list, self.layers, strict=True)
+            for letter, layer in zip(own, self.layers, strict=True)
         ]
         self.num_layers_per_pipeline_rank = len(self.layers)
         if post_process and post_layer_norm:
@@ -101,14 +101,16 @@ class HybridStack(MambaStack):
         self.register_state_dict_post_hook(write_canonical_names)
         self.register_load_state_dict_pre_hook(read_canonical_names)
 
-    def _make_layers(self, submodules: HybridStackSubmodules, first: int, groups: ProcessGroupCollection):
+    def _make_layers(
+        self, letters: list[str], submodules: HybridStackSubmodules, first: int, groups: ProcessGroupCollection
+    ):
         specs = {
             ATTENTION: submodules.attention_layer,
             FEED_FORWARD: submodules.mlp_layer,
             EXPERTS: submodules.moe_layer,
         }
         make_block = self._block_maker(groups)
-        for place, letter in enumerate(self.layer_type_list):
+        for place, letter in enumerate(letters):
             number = first + place + 1
             if letter == BLOCK:
                 yield make_block(number)
@@ -123,6 +125,8 @@ class HybridStack(MambaStack):
                 )
             else:  # these add their stage's offset themselves
                 spec = _given(specs[letter], letter)
+                if letter == EXPERTS and self.config.num_moe_experts is None:
+                    raise ValueError("num_moe_experts: expected a number for layers 'E', found None")
                 yield build_module(spec, config=self.config, layer_number=place + 1, pg_collection=groups)
 
     def _block_maker(self, groups: ProcessGroupCollection):

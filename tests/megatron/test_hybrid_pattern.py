@@ -12,7 +12,7 @@ from tiny import random_ids
 
 from megatron_ssm.config import Mamba1Config, Mamba2Config
 from megatron_ssm.hybrid.gradients import finish_gradients
-from megatron_ssm.specs import hybrid_stack_spec
+from megatron_ssm.specs import hybrid_stack_spec, mamba2_of
 
 MAMBA1 = Mamba1Config(hidden_size=24, inner_size=48, state_size=8, dt_rank=5, conv_width=4)
 MAMBA2 = Mamba2Config(hidden_size=24, heads=8, head_size=6, state_size=10, groups=2, conv_width=4)
@@ -38,7 +38,7 @@ def _model(tensor, mixer, pattern, experts=None, norms=None, **changes):
     }
     if experts is not None:
         fields |= {"num_moe_experts": experts, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
-    spec = hybrid_stack_spec(mixer, experts=experts, norms=norms)
+    spec = hybrid_stack_spec(mixer, experts=experts is not None, norms=norms)
     config = TransformerConfig(**fields | changes)
     options = {"vocab_size": 512, "max_sequence_length": 64, "hybrid_override_pattern": pattern}
     return MambaModel(config, spec, **options, pg_collection=model_parallel(tensor)).train()
@@ -92,6 +92,11 @@ def _refused(context, message, arguments, changes):
     [
         ("expected a spec for layers 'E', found none", (MAMBA2, "M*-EM"), {}),
         ("expected a spec for layers 'M', found none", (None, "M*-"), {}),
+        (
+            "num_moe_experts: expected a number for layers 'E'",
+            (MAMBA2, "ME", 4),
+            {"num_moe_experts": None, "moe_ffn_hidden_size": None},
+        ),
         ("got 3, expected 4", (MAMBA2, "M*-"), {"num_layers": 4}),
         ("'X' is not one of", (MAMBA2, "M*X"), {}),
         ("'B' is not one of", (MAMBA2, "M*B"), {}),
@@ -106,3 +111,11 @@ def _refused(context, message, arguments, changes):
 )
 def test_what_cannot_be_built(ranks, message, arguments, changes):
     ranks(_refused, 4, message, arguments, changes)
+
+
+def test_the_mixer_of_a_megatron_config():
+    fields = {"num_layers": 1, "hidden_size": 96, "num_attention_heads": 1, "mamba_state_dim": 10}
+    found = mamba2_of(TransformerConfig(**fields, mamba_head_dim=48, mamba_num_groups=2))
+    assert (found.heads, found.head_size, found.groups, found.state_size) == (4, 48, 2, 10)
+    with pytest.raises(ValueError, match="mamba_head_dim: expected a divisor of the inner width, 192, found 36"):
+        mamba2_of(TransformerConfig(**fields, mamba_head_dim=36, mamba_num_groups=1))
