@@ -36,7 +36,7 @@ def main() -> None:
         "command": shlex.join(["python", "tools/bench_conversion.py", *sys.argv[1:]]),
         "shape": bench.SHAPES[arguments.shape],
         "rounds": arguments.rounds,
-        "timed": "within the conversion's call, without the interpreter's imports; cp with its start; neither synced",
+        "timed": "within the call, without imports; cp with its start; both right behind a removal, neither synced",
     }
     measures = {"conversions": lambda: bench.against_cp(bench.SHAPES[arguments.shape], arguments.rounds)}
     results = measure_all(measures, settings, arguments.output)

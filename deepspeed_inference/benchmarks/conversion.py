@@ -1,8 +1,9 @@
 """Measures the conversion of checkpoints against copying the same files with cp, and the memory that it takes.
 
-Each conversion runs in a fresh process, whose imports are not timed; cp is timed with its start. Neither waits for the
-disk: both write into the page cache, and read from it. Arms take turns, and what they wrote is removed and synced
-between two of them, outside of the time.
+Each conversion runs in a fresh process, whose imports are not timed, and behind a cp of its files that the same process
+starts. Neither waits for the disk: both write into the page cache, and read from it, and both begin right behind the
+removal of what was written before. (A virtual machine gives memory that is free for some seconds back to its host; who
+comes then pays for having it again.)
 """
 
 from __future__ import annotations
@@ -44,14 +45,13 @@ def against_cp(shape: dict, rounds: int) -> dict:
         largest = _write_model(shape, folder / "hf")
         for arm in ("hf to torch_dist", "hf to legacy"):
             source, options = ARMS[arm]
-            on_ranks(_convert, 1, folder / source, folder / options["format"], options)
+            on_ranks(_timed, 1, folder / source, folder / options["format"], options)
         seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
         copies: dict[str, list[float]] = {arm: [] for arm in ARMS}
         taken: dict[str, list[int]] = {arm: [] for arm in ARMS}
         for turn in range(rounds + 1):
             for arm, (source, options) in ARMS.items():
-                copied = _copy(folder / source, folder / "written")
-                converted, peak = _timed(folder / source, folder / "written", options)
+                copied, converted, peak = on_ranks(_timed, 1, folder / source, folder / "written", options)[0]
                 if turn:  # the first round warms up
                     copies[arm].append(copied)
                     seconds[arm].append(converted)
@@ -97,11 +97,6 @@ def _copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def _timed(source: Path, target: Path, options: dict) -> tuple[float, int]:
-    _prepare(source, target)
-    return on_ranks(_convert, 1, source, target, options)[0]
-
-
 def _prepare(source: Path, target: Path) -> None:
     """Nothing at the target, nothing on its way to the disk, and the source in the page cache."""
     if target.exists():
@@ -112,20 +107,23 @@ def _prepare(source: Path, target: Path) -> None:
             subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
 
 
-def _convert(load: Path, save: Path, options: dict) -> tuple[float, int]:
-    """Seconds within the call, and the bytes of resident memory that it took at most beside the imports."""
+def _timed(load: Path, save: Path, options: dict) -> tuple[float, float, int]:
+    """Seconds of cp, seconds within the call, and the bytes of resident memory that it took at most beside imports."""
     from megatron_ssm.conversion.convert import convert, plan_conversion
     from megatron_ssm.conversion.options import Conversion
 
     conversion = Conversion(
         source="hf" if options["target"] == "megatron" else "megatron", load=load, save=save, **options
     )
+    _prepare(load, save)
     plan_conversion(conversion).close()  # imports what is imported late
+    copied = _copy(load, save)
+    _prepare(load, save)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far counts no more
     before = _peak()
     began = time.perf_counter()
     convert(conversion)
-    return time.perf_counter() - began, _peak() - before
+    return copied, time.perf_counter() - began, _peak() - before
 
 
 def _peak() -> int:
