@@ -34,6 +34,8 @@ bench: $(READY)
 	$(BIN)/python tools/bench_families.py
 	$(BIN)/python tools/bench_training.py
 	$(BIN)/python tools/bench_state_cache.py
+	$(BIN)/python tools/bench_hybrid_training.py
+	$(BIN)/python tools/bench_conversion.py
 
 # Emulates hosts by network namespaces, which needs root.
 bench-hosts: $(READY)
