@@ -20,6 +20,7 @@ setup(
         "ssm_kernels",
         "ssm_kernels.reference",
         "ssm_kernels.cpu",
+        "ssm_kernels.triton",
         "megatron_ssm",
         "megatron_ssm.families",
         "megatron_ssm.mixers",
@@ -61,7 +62,8 @@ setup(
         "psutil",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "matplotlib", "ruff", "setuptools>=70"],
+        "test": ["pytest", "hypothesis", "matplotlib", "ruff", "setuptools>=70", "triton>=3.6"],
+        "gpu": ["triton>=3.6"],
         "tools": ["matplotlib"],
     },
     entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.command_line.cli:main"]},

@@ -5,24 +5,26 @@ out[t] = act(bias + sum_k weight[k] x[t - K + 1 + k])
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
-from ssm_kernels.cpu import causal_conv1d as cpu
-from ssm_kernels.cpu.library import sequences_of
 from ssm_kernels.validation import (
     check_dims,
     check_dtype,
+    check_sequences,
     check_shape,
     check_slots,
     check_states,
     indices_in_place,
     refuse_grad,
-    sequence_starts,
     wants_grad,
 )
+
+_MIN_WIDTH = 2
 
 
 def causal_conv1d(
@@ -61,16 +63,16 @@ def causal_conv1d(
         ValueError: shapes, dtypes, bounds or strides do not fit; or `state_indices` with an input that requires grad.
     """
     check_dims("x", x, "[B, L, C]", 3)
-    batch, length, channels = x.shape
+    channels = x.shape[2]
     past = _check_parameters(channels, weight, bias, activation)
-    starts = sequence_starts(cu_seqlens, batch, length)
-    sequences = batch if starts is None else len(starts) - 1
+    sequences = check_sequences(cu_seqlens, x)
     check_states("initial_state", initial_state, (sequences, channels, past), state_indices)
     check_dtype("initial_state", initial_state, x.dtype)
     inputs = (x, weight, bias, initial_state)
     if state_indices is not None:
         refuse_grad("causal_conv1d with state_indices", *inputs)
-    if not dispatch.choose("causal_conv1d", inputs, _limit(weight)):
+    kernels = dispatch.choose("causal_conv1d", inputs, lambda kernels: _limit(weight, kernels))
+    if kernels is None:
         check_slots(state_indices, initial_state)
         return reference.causal_conv1d(
             x,
@@ -82,16 +84,17 @@ def causal_conv1d(
             state_indices=state_indices,
             return_final_state=return_final_state,
         )
-    starts = None if starts is None else torch.tensor(starts, dtype=torch.int64, device="cpu")
     silu = activation == "silu"
     if state_indices is not None:
         indices = indices_in_place("initial_state", initial_state, state_indices)
-        out = cpu.forward(x, weight, bias, silu, initial_state, initial_state, starts, indices)
+        out = kernels.forward(x, weight, bias, silu, initial_state, initial_state, cu_seqlens, indices)
         return (out, initial_state) if return_final_state else out
+    states = (sequences, channels, past) if return_final_state else None
     if wants_grad(*inputs):
-        out, final = _CausalConv1d.apply(*inputs, silu, starts, return_final_state)
+        out, final = _CausalConv1d.apply(kernels, *inputs, silu, cu_seqlens, states)
     else:
-        out, final = _forward(*inputs, silu, starts, return_final_state)
+        final = None if states is None else x.new_empty(states)
+        out = kernels.forward(x, weight, bias, silu, initial_state, final, cu_seqlens)
     return (out, final) if return_final_state else out
 
 
@@ -131,43 +134,40 @@ def causal_conv1d_update(
     inputs = (x, state, weight, bias)
     if torch.is_grad_enabled():
         refuse_grad("causal_conv1d_update", *inputs)
-    if not dispatch.choose("causal_conv1d_update", inputs, _limit(weight)):
+    kernels = dispatch.choose("causal_conv1d_update", inputs, lambda kernels: _limit(weight, kernels), "causal_conv1d")
+    if kernels is None:
         check_slots(state_indices, state)
         return reference.causal_conv1d_update(*inputs, activation, state_indices=state_indices)
     indices = indices_in_place("state", state, state_indices)
-    return cpu.forward(x, weight, bias, activation == "silu", state, state, None, indices)
+    return kernels.forward(x, weight, bias, activation == "silu", state, state, None, indices)
 
 
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, initial_state, silu, starts, with_final):
-        out, final = _forward(x, weight, bias, initial_state, silu, starts, with_final)
-        ctx.save_for_backward(x, weight, bias, initial_state, starts)
-        ctx.silu = silu
+    def forward(ctx, kernels: ModuleType, x, weight, bias, initial_state, silu, cu_seqlens, states):
+        final = None if states is None else x.new_empty(states)
+        out = kernels.forward(x, weight, bias, silu, initial_state, final, cu_seqlens)
+        ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+        ctx.kernels, ctx.silu = kernels, silu
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad, final_grad):
-        gradients = cpu.backward(ctx.saved_tensors, ctx.silu, out_grad, final_grad)
-        return *gradients, None, None, None
+        gradients = ctx.kernels.backward(ctx.saved_tensors, ctx.silu, out_grad, final_grad)
+        return None, *gradients, None, None, None
 
 
-def _forward(x, weight, bias, initial_state, silu, starts, with_final) -> tuple[Tensor, Tensor | None]:
-    final = x.new_empty(sequences_of(x, starts)[0], x.shape[2], weight.shape[1] - 1) if with_final else None
-    return cpu.forward(x, weight, bias, silu, cpu.unit_stride(initial_state), final, starts), final
-
-
-def _limit(weight: Tensor) -> str | None:
-    width = weight.shape[1]
-    return None if width <= cpu.MAX_WIDTH else f"K is {width}, the native kernel takes at most {cpu.MAX_WIDTH}"
+def _limit(weight: Tensor, kernels: ModuleType) -> str | None:
+    width, most = weight.shape[1], kernels.MAX_WIDTH
+    return None if width <= most else f"K is {width}, the kernel takes at most {most}"
 
 
 def _check_parameters(channels: int, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:
-    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < cpu.MIN_WIDTH:
+    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < _MIN_WIDTH:
         raise ValueError(
-            f"weight: expected [C, K] with C = {channels} and K of {cpu.MIN_WIDTH} or more, found shape "
+            f"weight: expected [C, K] with C = {channels} and K of {_MIN_WIDTH} or more, found shape "
             f"{tuple(weight.shape)}"
         )
     check_shape("bias", bias, (channels,))

@@ -1,37 +1,48 @@
 """Which backend computes an op: the one place where that is decided.
 
-"native" (C++ for CPU, fp32 and bf16) where its library builds, else "reference" (plain PyTorch, any device and dtype,
-slow). The choice can be forced with `use_backend(...)` or the environment variable SSM_KERNELS_BACKEND, and
-`backend_report()` says what was chosen last for each op, and why.
+    native      C++ for CPU tensors, fp32 and bf16, where its library builds
+    triton      kernels for GPU tensors, fp32, bf16 and fp16 (CPU tensors in Triton's interpreter, only if forced)
+    mamba_ssm   those of the packages mamba-ssm and causal-conv1d, for what they can do; only if forced
+    reference   plain PyTorch: any device and dtype, slow
+
+A backend is a package whose modules are called like the op files and have the same functions: `cpu/selective_scan.py`
+and `triton/selective_scan.py` both have `forward` and `backward` for `selective_scan.py`. The choice can be forced with
+`use_backend(...)` or the environment variable SSM_KERNELS_BACKEND, and `backend_report()` says what was chosen last for
+each op, and why.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ssm_kernels import native
-from ssm_kernels.cpu.library import KERNEL_DTYPES, library
+from ssm_kernels import native, optional
+from ssm_kernels.cpu.library import library
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "mamba_ssm", "reference")
+_PACKAGES = {"native": "ssm_kernels.cpu", "triton": "ssm_kernels.triton", "mamba_ssm": "ssm_kernels.mamba_ssm"}
+_NEEDS = {"native": (), "triton": ("triton",), "mamba_ssm": ("mamba_ssm", "causal_conv1d")}
 
 _forced = "auto"
-_native_error: str | None = None
-_native_ready = False
 _warned = False
 _last: dict[str, tuple[str, str]] = {}
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force a backend within a `with` block: "auto", "native" or "reference".
+    """Force a backend within a `with` block: one of `BACKENDS`.
 
-    A forced "native" that cannot run an op makes that op raise ValueError. The choice holds for the whole process.
+    A forced backend that cannot run an op makes that op raise ValueError; an op that it does not have at all, as
+    mamba_ssm has no codecs, runs as without it. The choice holds for the whole process.
     """
     global _forced
     before, _forced = _forced, _checked(name, "use_backend")
@@ -44,31 +55,45 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(
     op: str,
     tensors: tuple[Tensor | None, ...],
-    limit: str | None = None,
-    dtypes: frozenset[torch.dtype] = KERNEL_DTYPES,
-) -> bool:
-    """Whether `op` on these tensors runs natively; `limit` says why the native kernel cannot take this call.
+    limit: Callable[[ModuleType], str | None] | None = None,
+    module: str | None = None,
+) -> ModuleType | None:
+    """The module that computes `op` on these tensors; None for the reference.
 
-    `dtypes` are those that the native kernel takes.
+    Args:
+        op: name of the public op.
+        tensors: all that a kernel would read or write.
+        limit: says why a module cannot take this call, by its own constants; None if it can.
+        module: name of the module, where it is not that of the op.
 
     Raises:
-        ValueError: native is forced and cannot run.
+        ValueError: a backend is forced and cannot run.
     """
     if _forced == "reference":
         _last[op] = ("reference", "forced")
-        return False
-    reason = limit or _unsupported(tensors, dtypes)
+        return None
+    name = module or op
+    backend = _forced if _forced != "auto" and _has(_forced, name) else _automatic(tensors)
+    if backend is None or not _has(backend, name):
+        _last[op] = ("reference", "no kernel for tensors there")
+        return None
+    reason = _missing(backend)
     if reason is None:
-        reason = _unavailable()
+        kernels = _load(backend, name)
+        reason = _unsupported(backend, kernels.DTYPES, tensors) or (limit(kernels) if limit is not None else None)
         if reason is None:
-            _last[op] = ("native", "CPU tensors in its dtypes")
-            return True
-        if _forced == "auto":
-            _warn_once(reason)
-    if _forced == "native":
-        raise ValueError(f"{op}: expected to run on the forced backend 'native', found that it cannot: {reason}")
+            reason = _native_problem() if backend == "native" else None
+            if reason is None:
+                _last[op] = (backend, "forced" if backend == _forced else "tensors on its device, in its dtypes")
+                return kernels
+            if _forced == "auto":
+                _warn_once(reason)
+    elif _forced == "auto":
+        _warn_once(reason)
+    if backend == _forced:
+        raise ValueError(f"{op}: expected to run on the forced backend {backend!r}, found that it cannot: {reason}")
     _last[op] = ("reference", reason)
-    return False
+    return None
 
 
 def is_forced(backend: str) -> bool:
@@ -77,33 +102,65 @@ def is_forced(backend: str) -> bool:
 
 
 def backend_report() -> dict[str, str]:
-    """What is forced, whether the native library works, and the last choice of each op with its reason."""
-    unavailable = _unavailable()
-    report = {"forced": _forced, "native": f"unavailable: {unavailable}" if unavailable else "available"}
+    """What is forced, which backends work, and the last choice of each op with its reason."""
+    report = {"forced": _forced}
+    for backend in _PACKAGES:
+        problem = _missing(backend) or (_native_problem() if backend == "native" else None)
+        report[backend] = f"unavailable: {problem}" if problem else "available"
     report.update({op: f"{backend} ({reason})" for op, (backend, reason) in _last.items()})
     return report
 
 
-def _unsupported(tensors: tuple[Tensor | None, ...], dtypes: frozenset[torch.dtype]) -> str | None:
+def _automatic(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """The backend of the device that the first tensor is on."""
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if not tensor.is_cpu:
-            return f"a tensor is on {tensor.device}, the native kernels run on cpu"
-        if tensor.dtype not in dtypes:
-            return f"a tensor is {tensor.dtype}, the native kernel takes {', '.join(sorted(map(str, dtypes)))}"
+        if tensor is not None:
+            return "native" if tensor.is_cpu else "triton" if tensor.is_cuda else None
     return None
 
 
-def _unavailable() -> str | None:
-    global _native_error, _native_ready
-    if not _native_ready and _native_error is None:
-        try:
-            library()
-            _native_ready = True
-        except native.NativeBuildError as error:
-            _native_error = str(error)
-    return _native_error
+def _unsupported(backend: str, dtypes: frozenset[torch.dtype], tensors: tuple[Tensor | None, ...]) -> str | None:
+    devices = _devices(backend)
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type not in devices:
+            return f"a tensor is on {tensor.device}, the {backend} kernels run on {' and '.join(devices)}"
+        if tensor.dtype not in dtypes:
+            return f"a tensor is {tensor.dtype}, the {backend} kernel takes {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    if backend == "native":
+        return ("cpu",)
+    return ("cuda", "cpu") if backend == "triton" and optional.triton_interprets() else ("cuda",)
+
+
+@cache
+def _missing(backend: str) -> str | None:
+    """Why the packages that a backend needs are not there."""
+    return next(filter(None, map(optional.problem, _NEEDS[backend])), None)
+
+
+@cache
+def _has(backend: str, module: str) -> bool:
+    return importlib.util.find_spec(f"{_PACKAGES[backend]}.{module}") is not None
+
+
+@cache
+def _load(backend: str, module: str) -> ModuleType:
+    return importlib.import_module(f"{_PACKAGES[backend]}.{module}")
+
+
+@cache
+def _native_problem() -> str | None:
+    """Why the library of the native backend is not there, building it at the first call."""
+    try:
+        library()
+    except native.NativeBuildError as error:
+        return str(error)
+    return None
 
 
 def _warn_once(reason: str) -> None:
@@ -113,7 +170,7 @@ def _warn_once(reason: str) -> None:
     _warned = True
     # Every public op calls choose() itself: level 1 is here, 2 is choose(), 3 the op and 4 the line that called the op.
     warnings.warn(
-        "ssm_kernels runs on its slow PyTorch reference in this process, because its native CPU kernels are "
+        "ssm_kernels runs on its slow PyTorch reference in this process, because its kernels for this device are "
         f"unavailable: {reason}",
         RuntimeWarning,
         stacklevel=4,

@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
-from ssm_kernels.cpu import gated_rms_norm as cpu
 from ssm_kernels.validation import check_shape, wants_grad
 
 
@@ -44,11 +45,12 @@ def gated_rms_norm(
         ValueError: shapes do not fit, x has no dimension or no channels, or the groups do not divide them.
     """
     _check(x, z, weight, groups)
-    if not dispatch.choose("gated_rms_norm", (x, z, weight)):
+    kernels = dispatch.choose("gated_rms_norm", (x, z, weight))
+    if kernels is None:
         return reference.gated_rms_norm(x, z, weight, eps, groups=groups, norm_before_gate=norm_before_gate)
     if wants_grad(x, z, weight):
-        return _GatedRMSNorm.apply(x, z, weight, groups, norm_before_gate, eps)[0]
-    return cpu.forward(x, z, weight, groups, norm_before_gate, eps)[0]
+        return _GatedRMSNorm.apply(kernels, x, z, weight, groups, norm_before_gate, eps)[0]
+    return kernels.forward(x, z, weight, groups, norm_before_gate, eps)[0]
 
 
 def gated_product(
@@ -74,26 +76,27 @@ def gated_product(
         ValueError: as `gated_rms_norm`.
     """
     _check(x, z, weight, groups)
-    if not dispatch.choose("gated_product", (x, z, weight)):
+    kernels = dispatch.choose("gated_product", (x, z, weight), module="gated_rms_norm")
+    if kernels is None:
         return reference.gated_product(x, z, weight, groups=groups, norm_before_gate=norm_before_gate)
     if wants_grad(x, z, weight):
-        return _GatedRMSNorm.apply(x, z, weight, groups, norm_before_gate, None)
-    return cpu.forward(x, z, weight, groups, norm_before_gate, None)
+        return _GatedRMSNorm.apply(kernels, x, z, weight, groups, norm_before_gate, None)
+    return kernels.forward(x, z, weight, groups, norm_before_gate, None)
 
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, z, weight, groups, norm_before_gate, eps):
+    def forward(ctx, kernels: ModuleType, x, z, weight, groups, norm_before_gate, eps):
         ctx.save_for_backward(x, z, weight)
-        ctx.options = groups, norm_before_gate, eps
+        ctx.kernels, ctx.options = kernels, (groups, norm_before_gate, eps)
         ctx.set_materialize_grads(False)
-        return cpu.forward(x, z, weight, groups, norm_before_gate, eps)
+        return kernels.forward(x, z, weight, groups, norm_before_gate, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad, square_sums_grad):
-        gradients = cpu.backward(*ctx.saved_tensors, *ctx.options, out_grad, square_sums_grad)
-        return *gradients, None, None, None
+        gradients = ctx.kernels.backward(*ctx.saved_tensors, *ctx.options, out_grad, square_sums_grad)
+        return None, *gradients, None, None, None
 
 
 def _check(x: Tensor, z: Tensor | None, weight: Tensor | None, groups: int) -> None:

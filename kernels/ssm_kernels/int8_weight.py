@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ssm_kernels import dispatch
-from ssm_kernels.cpu import int8_weight as cpu
 
 GROUP = 32  # inputs that share a scale; kScaleGroup in csrc/linear.cpp
 _LARGEST = 127
 _ZERO = 128  # the code of 0
-KERNEL_DTYPES = frozenset({torch.uint8, torch.bfloat16})
 
 
 class Int8Weight(nn.Module):
@@ -92,8 +90,9 @@ def _groups(width: int) -> int:
 
 
 def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype is torch.bfloat16 and dispatch.choose("int8_weight", (codes, scales), dtypes=KERNEL_DTYPES):
-        return cpu.dequantize(codes.contiguous(), scales.contiguous())
+    kernels = dispatch.choose("int8_weight", (codes, scales)) if dtype is torch.bfloat16 else None
+    if kernels is not None:
+        return kernels.dequantize(codes.contiguous(), scales.contiguous())
     exact = torch.promote_types(dtype, torch.float32)
     steps = scales.to(exact).repeat_interleave(GROUP, dim=1)[:, : codes.shape[1]]
     return ((codes.to(exact) - _ZERO) * steps).to(dtype)

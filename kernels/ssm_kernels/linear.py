@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_kernels import dispatch, int8_weight, reference
+from ssm_kernels import dispatch, reference
 from ssm_kernels.cpu import linear as cpu
 from ssm_kernels.cpu.library import KERNEL_DTYPES
 from ssm_kernels.int8_weight import Int8Weight
@@ -60,7 +60,7 @@ def _int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     if x.dtype is torch.bfloat16 and not wants_grad(x, bias) and _has_few_rows(x) and x.stride(-1) == 1:
         codes, scales = weight.codes, weight.scales
         contiguous = codes.is_contiguous() and scales.is_contiguous()
-        if contiguous and dispatch.choose("int8_linear", (x, codes, scales, bias), dtypes=int8_weight.KERNEL_DTYPES):
+        if contiguous and dispatch.choose("int8_linear", (x, codes, scales, bias), module="int8_weight"):
             return cpu.forward(x, codes, bias, scales)
     return F.linear(x, weight.dequantized(x.dtype), bias)
 

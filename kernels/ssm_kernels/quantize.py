@@ -13,10 +13,7 @@ from torch import Tensor
 
 from ssm_kernels import dispatch, reference
 from ssm_kernels.codecs import CODECS, RAW, Codec
-from ssm_kernels.cpu import quantize as cpu
 from ssm_kernels.validation import check_contiguous, check_dims, check_dtype, check_shape
-
-NATIVE_DTYPES = frozenset({*RAW, torch.uint8})
 
 
 def quantize(values: Tensor, codec: Codec, out: Tensor | None = None) -> Tensor:
@@ -41,9 +38,10 @@ def quantize(values: Tensor, codec: Codec, out: Tensor | None = None) -> Tensor:
         out = values.new_empty(codec.nbytes(values.shape[0]), dtype=torch.uint8)
     else:
         _check_wire("out", out, codec, values.shape[0])
-    if not dispatch.choose("quantize", (values, out), dtypes=NATIVE_DTYPES):
+    kernels = dispatch.choose("quantize", (values, out))
+    if kernels is None:
         return reference.quantize(values, codec, out)
-    return cpu.quantize(values, codec, out)
+    return kernels.quantize(values, codec, out)
 
 
 def dequantize_sum(
@@ -73,9 +71,10 @@ def dequantize_sum(
         check_dtype("out", out, dtype)
         check_shape("out", out, (count,))
         check_contiguous("out", out)
-    if not dispatch.choose("dequantize_sum", (*wires, out), dtypes=NATIVE_DTYPES):
+    kernels = dispatch.choose("dequantize_sum", (*wires, out), module="quantize")
+    if kernels is None:
         return reference.dequantize_sum(wires, codec, count, dtype, out)
-    return cpu.dequantize_sum(wires, codec, count, out)
+    return kernels.dequantize_sum(wires, codec, count, out)
 
 
 def quantize_sum(wires: Sequence[Tensor], codec: Codec, count: int, out: Tensor | None = None) -> Tensor:
@@ -99,9 +98,10 @@ def quantize_sum(wires: Sequence[Tensor], codec: Codec, count: int, out: Tensor 
         out = wires[0].new_empty(codec.nbytes(count))
     else:
         _check_wire("out", out, codec, count)
-    if not dispatch.choose("quantize_sum", (*wires, out), dtypes=NATIVE_DTYPES):
+    kernels = dispatch.choose("quantize_sum", (*wires, out), module="quantize")
+    if kernels is None:
         return reference.quantize_sum(wires, codec, count, out)
-    return cpu.quantize_sum(wires, codec, count, out)
+    return kernels.quantize_sum(wires, codec, count, out)
 
 
 def _check_codec(codec: Codec) -> None:

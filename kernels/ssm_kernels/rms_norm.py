@@ -5,13 +5,13 @@ y = x + residual        out = y / sqrt(mean(y²) + eps) · weight
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
-from ssm_kernels.cpu import rms_norm as cpu
-from ssm_kernels.cpu.library import KERNEL_DTYPES
 from ssm_kernels.validation import check_shape, wants_grad
 
 
@@ -47,29 +47,34 @@ def rms_norm(
     check_shape("residual", residual, x.shape)
     if residual_dtype is None and residual is not None:
         residual_dtype = residual.dtype
-    limit = None
-    if residual_dtype is not None and residual_dtype not in KERNEL_DTYPES:
-        limit = f"residual_dtype is {residual_dtype}, the native kernel takes torch.float32 and torch.bfloat16"
-    if not dispatch.choose("rms_norm", (x, weight, residual), limit):
+    kernels = dispatch.choose("rms_norm", (x, weight, residual), lambda kernels: _limit(residual_dtype, kernels))
+    if kernels is None:
         return reference.rms_norm(x, weight, eps, residual=residual, residual_dtype=residual_dtype)
     if wants_grad(x, weight, residual):
-        out, residual_out = _RMSNorm.apply(x, weight, residual, eps, residual_dtype)
+        out, residual_out = _RMSNorm.apply(kernels, x, weight, residual, eps, residual_dtype)
     else:
-        out, residual_out = cpu.forward(x, weight, eps, residual, residual_dtype)
+        out, residual_out = kernels.forward(x, weight, eps, residual, residual_dtype)
     return out if residual_dtype is None else (out, residual_out)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, residual, eps, residual_dtype):
+    def forward(ctx, kernels: ModuleType, x, weight, residual, eps, residual_dtype):
         ctx.save_for_backward(x, weight, residual)
-        ctx.eps = eps
+        ctx.kernels, ctx.eps = kernels, eps
         ctx.set_materialize_grads(False)
-        return cpu.forward(x, weight, eps, residual, residual_dtype)
+        return kernels.forward(x, weight, eps, residual, residual_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad, residual_out_grad):
         x, weight, residual = ctx.saved_tensors
-        x_grad, weight_grad, residual_grad = cpu.backward(x, weight, residual, ctx.eps, out_grad, residual_out_grad)
-        return x_grad, weight_grad, residual_grad, None, None
+        gradients = ctx.kernels.backward(x, weight, residual, ctx.eps, out_grad, residual_out_grad)
+        x_grad, weight_grad, residual_grad = gradients
+        return None, x_grad, weight_grad, residual_grad, None, None
+
+
+def _limit(residual_dtype: torch.dtype | None, kernels: ModuleType) -> str | None:
+    if residual_dtype is None or residual_dtype in kernels.DTYPES:
+        return None
+    return f"residual_dtype is {residual_dtype}, the kernel takes {', '.join(sorted(map(str, kernels.DTYPES)))}"

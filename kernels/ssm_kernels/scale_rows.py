@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
-from ssm_kernels.cpu import scale_rows as cpu
 from ssm_kernels.validation import check_dtype, check_shape, wants_grad
 
 
@@ -31,22 +32,24 @@ def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"x: expected [..., D] with D of 1 or more, found shape {tuple(x.shape)}")
     check_shape("scale", scale, (*x.shape[:-1], 1) if scale.dim() == x.dim() else x.shape[:-1])
     check_dtype("scale", scale, torch.float64 if x.dtype is torch.float64 else torch.float32)
-    if not dispatch.choose("scale_rows", (x, scale)):
+    kernels = dispatch.choose("scale_rows", (x, scale))
+    if kernels is None:
         return reference.scale_rows(x, scale)
-    return _ScaleRows.apply(x, scale) if wants_grad(x, scale) else cpu.forward(x, scale)
+    return _ScaleRows.apply(kernels, x, scale) if wants_grad(x, scale) else kernels.forward(x, scale)
 
 
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale):
+    def forward(ctx, kernels: ModuleType, x, scale):
+        ctx.kernels = kernels
         ctx.save_for_backward(x, scale)
-        return cpu.forward(x, scale)
+        return kernels.forward(x, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad):
         x, scale = ctx.saved_tensors
-        wants_x, wants_scale = ctx.needs_input_grad
-        x_grad = cpu.forward(out_grad, scale) if wants_x else None
+        _, wants_x, wants_scale = ctx.needs_input_grad
+        x_grad = ctx.kernels.forward(out_grad, scale) if wants_x else None
         scale_grad = (out_grad.float() * x).sum(-1).view(scale.shape) if wants_scale else None
-        return x_grad, scale_grad
+        return None, x_grad, scale_grad

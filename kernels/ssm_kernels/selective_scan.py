@@ -6,22 +6,22 @@ section 3) and its single decode step:
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
-from ssm_kernels.cpu import selective_scan as cpu
-from ssm_kernels.cpu.library import empty_state, sequences_of, unit_stride
 from ssm_kernels.validation import (
     check_dims,
     check_recurrent_dtype,
+    check_sequences,
     check_shape,
     check_slots,
     check_states,
     indices_in_place,
     refuse_grad,
-    sequence_starts,
     wants_grad,
 )
 
@@ -72,11 +72,12 @@ def selective_scan(
     Raises:
         ValueError: shapes, dtypes, bounds or strides do not fit; or `state_indices` with an input that requires grad.
     """
-    starts = _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_indices)
+    sequences = _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_indices)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     if state_indices is not None:
         refuse_grad("selective_scan with state_indices", *inputs)
-    if not dispatch.choose("selective_scan", inputs, _limit(A)):
+    kernels = dispatch.choose("selective_scan", inputs, lambda kernels: _limit(A, kernels))
+    if kernels is None:
         check_slots(state_indices, initial_state)
         return reference.selective_scan(
             *inputs[:8],
@@ -86,15 +87,16 @@ def selective_scan(
             state_indices=state_indices,
             return_final_state=return_final_state,
         )
-    starts = None if starts is None else torch.tensor(starts, dtype=torch.int64, device="cpu")
     if state_indices is not None:
         indices = indices_in_place("initial_state", initial_state, state_indices)
-        out = cpu.forward(*inputs[:8], dt_softplus, initial_state, initial_state, starts, indices)
+        out = kernels.forward(*inputs[:8], dt_softplus, initial_state, initial_state, cu_seqlens, indices)
         return (out, initial_state) if return_final_state else out
+    states = sequences if return_final_state else None
     if wants_grad(*inputs):
-        out, final = _SelectiveScan.apply(*inputs, dt_softplus, starts, return_final_state)
+        out, final = _SelectiveScan.apply(kernels, *inputs, dt_softplus, cu_seqlens, states)
     else:
-        out, final = _forward(inputs, dt_softplus, starts, return_final_state)
+        final = _room_for_states(inputs, states)
+        out = kernels.forward(*inputs[:8], dt_softplus, initial_state, final, cu_seqlens)
     return (out, final) if return_final_state else out
 
 
@@ -134,45 +136,46 @@ def selective_state_update(
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
     if torch.is_grad_enabled():
         refuse_grad("selective_state_update", *inputs)
-    if not dispatch.choose("selective_state_update", inputs, _limit(A)):
+    kernels = dispatch.choose("selective_state_update", inputs, lambda kernels: _limit(A, kernels), "selective_scan")
+    if kernels is None:
         check_slots(state_indices, state)
         return reference.selective_state_update(*inputs, dt_softplus, state_indices=state_indices)
     indices = indices_in_place("state", state, state_indices)
-    return cpu.forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, state, None, indices)
+    return kernels.forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, state, None, indices)
 
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, starts, with_final):
-        inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        chunk_states = cpu.chunk_states_for(x, A, starts)
-        out, final = _forward(inputs, dt_softplus, starts, with_final, chunk_states)
-        ctx.save_for_backward(*inputs, starts, chunk_states)
-        ctx.dt_softplus = dt_softplus
+    def forward(ctx, kernels: ModuleType, x, dt, A, B, C, D, z, dt_bias, initial, dt_softplus, cu_seqlens, states):
+        inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
+        final = _room_for_states(inputs, states)
+        chunk_states = kernels.chunk_states_for(x, A, cu_seqlens)
+        out = kernels.forward(*inputs[:8], dt_softplus, initial, final, cu_seqlens, None, chunk_states)
+        ctx.save_for_backward(*inputs, cu_seqlens, chunk_states)
+        ctx.kernels, ctx.dt_softplus = kernels, dt_softplus
         ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad, final_grad):
-        gradients = cpu.backward(ctx.saved_tensors, ctx.dt_softplus, out_grad, final_grad)
-        return *gradients, None, None, None
+        gradients = ctx.kernels.backward(ctx.saved_tensors, ctx.dt_softplus, out_grad, final_grad)
+        return None, *gradients, None, None, None
 
 
-def _forward(inputs, dt_softplus, starts, with_final, chunk_states=None) -> tuple[Tensor, Tensor | None]:
-    *arguments, initial = inputs
-    x, A = inputs[0], inputs[2]
-    final = empty_state(initial, sequences_of(x, starts)[0], *A.shape) if with_final else None
-    initial = unit_stride(initial)
-    return cpu.forward(*arguments, dt_softplus, initial, final, starts, None, chunk_states), final
+def _room_for_states(inputs, sequences: int | None) -> Tensor | None:
+    if sequences is None:
+        return None
+    x, A, initial = inputs[0], inputs[2], inputs[8]
+    return x.new_empty((sequences, *A.shape), dtype=torch.float32 if initial is None else initial.dtype)
 
 
-def _limit(A: Tensor) -> str | None:
-    states = A.shape[1]
-    return None if states <= cpu.MAX_STATES else f"N is {states}, the native kernel takes at most {cpu.MAX_STATES}"
+def _limit(A: Tensor, kernels: ModuleType) -> str | None:
+    states, most = A.shape[1], kernels.MAX_STATES
+    return None if states <= most else f"N is {states}, the kernel takes at most {most}"
 
 
-def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_indices) -> list[int] | None:
+def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_indices) -> int:
     check_dims("x", x, "[B, L, I]", 3)
     check_dims("A", A, "[I, N]", 2)
     batch, length, channels = x.shape
@@ -184,11 +187,10 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_
     check_shape("D", D, (channels,))
     check_shape("z", z, (batch, length, channels))
     check_shape("dt_bias", dt_bias, (channels,))
-    starts = sequence_starts(cu_seqlens, batch, length)
-    sequences = batch if starts is None else len(starts) - 1
+    sequences = check_sequences(cu_seqlens, x)
     check_states("initial_state", initial_state, (sequences, channels, states), state_indices)
     check_recurrent_dtype("initial_state", initial_state, x)
-    return starts
+    return sequences
 
 
 def _check_step(state, x, dt, A, B, C, D, z, dt_bias, state_indices) -> None:

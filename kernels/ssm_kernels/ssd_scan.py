@@ -7,22 +7,22 @@ Structured State Space Duality", 2024, sections 5 to 7) and its single decode st
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssm_kernels import dispatch, reference
-from ssm_kernels.cpu import ssd_scan as cpu
-from ssm_kernels.cpu.library import empty_state, sequences_of, unit_stride
 from ssm_kernels.validation import (
     check_dims,
     check_recurrent_dtype,
+    check_sequences,
     check_shape,
     check_slots,
     check_states,
     indices_in_place,
     refuse_grad,
-    sequence_starts,
     wants_grad,
 )
 
@@ -76,11 +76,12 @@ def ssd_scan(
     Raises:
         ValueError: shapes, dtypes, bounds or strides do not fit; or `state_indices` with an input that requires grad.
     """
-    starts = _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices)
+    sequences = _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices)
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
     if state_indices is not None:
         refuse_grad("ssd_scan with state_indices", *inputs)
-    if not dispatch.choose("ssd_scan", inputs, _limit(x, B)):
+    kernels = dispatch.choose("ssd_scan", inputs, lambda kernels: _limit(x, B, kernels))
+    if kernels is None:
         check_slots(state_indices, initial_state)
         return reference.ssd_scan(
             *inputs[:7],
@@ -91,15 +92,16 @@ def ssd_scan(
             state_indices=state_indices,
             return_final_state=return_final_state,
         )
-    starts = None if starts is None else torch.tensor(starts, dtype=torch.int64, device="cpu")
     if state_indices is not None:
         indices = indices_in_place("initial_state", initial_state, state_indices)
-        out = cpu.forward(*inputs[:7], dt_softplus, dt_limit, initial_state, initial_state, starts, indices)
+        out = kernels.forward(*inputs[:7], dt_softplus, dt_limit, initial_state, initial_state, cu_seqlens, indices)
         return (out, initial_state) if return_final_state else out
+    states = sequences if return_final_state else None
     if wants_grad(*inputs):
-        out, final = _SsdScan.apply(*inputs, dt_softplus, dt_limit, starts, return_final_state)
+        out, final = _SsdScan.apply(kernels, *inputs, dt_softplus, dt_limit, cu_seqlens, states)
     else:
-        out, final = _forward(inputs, dt_softplus, dt_limit, starts, return_final_state)
+        final = _room_for_states(inputs, states)
+        out = kernels.forward(*inputs[:7], dt_softplus, dt_limit, initial_state, final, cu_seqlens)
     return (out, final) if return_final_state else out
 
 
@@ -141,45 +143,49 @@ def ssd_state_update(
     inputs = (state, x, dt, A, B, C, D, dt_bias)
     if torch.is_grad_enabled():
         refuse_grad("ssd_state_update", *inputs)
-    if not dispatch.choose("ssd_state_update", inputs, _limit(x, B)):
+    kernels = dispatch.choose("ssd_state_update", inputs, lambda kernels: _limit(x, B, kernels), "ssd_scan")
+    if kernels is None:
         check_slots(state_indices, state)
         return reference.ssd_state_update(*inputs, dt_softplus, dt_limit, state_indices=state_indices)
     indices = indices_in_place("state", state, state_indices)
-    return cpu.forward(*inputs[1:], dt_softplus, dt_limit, state, state, None, indices)
+    return kernels.forward(*inputs[1:], dt_softplus, dt_limit, state, state, None, indices)
 
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_limit, starts, with_final):
-        inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
-        ctx.save_for_backward(*inputs, starts)
-        ctx.dt_softplus, ctx.dt_limit = dt_softplus, dt_limit
+    def forward(
+        ctx, kernels: ModuleType, x, dt, A, B, C, D, dt_bias, initial, dt_softplus, dt_limit, cu_seqlens, states
+    ):
+        inputs = (x, dt, A, B, C, D, dt_bias, initial)
+        final = _room_for_states(inputs, states)
+        ctx.save_for_backward(*inputs, cu_seqlens)
+        ctx.kernels, ctx.dt_softplus, ctx.dt_limit = kernels, dt_softplus, dt_limit
         ctx.set_materialize_grads(False)
-        return _forward(inputs, dt_softplus, dt_limit, starts, with_final)
+        return kernels.forward(*inputs[:7], dt_softplus, dt_limit, initial, final, cu_seqlens), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad, final_grad):
-        gradients = cpu.backward(ctx.saved_tensors, ctx.dt_softplus, ctx.dt_limit, out_grad, final_grad)
-        return *gradients, None, None, None, None
+        gradients = ctx.kernels.backward(ctx.saved_tensors, ctx.dt_softplus, ctx.dt_limit, out_grad, final_grad)
+        return None, *gradients, None, None, None, None
 
 
-def _forward(inputs, dt_softplus, dt_limit, starts, with_final) -> tuple[Tensor, Tensor | None]:
-    *arguments, initial = inputs
-    x, dt, B = inputs[0], inputs[1], inputs[3]
-    final = empty_state(initial, sequences_of(dt, starts)[0], *x.shape[2:], B.shape[3]) if with_final else None
-    initial = unit_stride(initial)
-    return cpu.forward(*arguments, dt_softplus, dt_limit, initial, final, starts), final
+def _room_for_states(inputs, sequences: int | None) -> Tensor | None:
+    if sequences is None:
+        return None
+    x, B, initial = inputs[0], inputs[3], inputs[7]
+    shape = (sequences, *x.shape[2:], B.shape[3])
+    return x.new_empty(shape, dtype=torch.float32 if initial is None else initial.dtype)
 
 
-def _limit(x: Tensor, B: Tensor) -> str | None:
+def _limit(x: Tensor, B: Tensor, kernels: ModuleType) -> str | None:
     for name, width in (("P", x.shape[-1]), ("N", B.shape[-1])):
-        if width > cpu.MAX_WIDTH:
-            return f"{name} is {width}, the native kernel takes at most {cpu.MAX_WIDTH}"
+        if width > kernels.MAX_WIDTH:
+            return f"{name} is {width}, the kernel takes at most {kernels.MAX_WIDTH}"
     return None
 
 
-def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices) -> list[int] | None:
+def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices) -> int:
     check_dims("x", x, "[B, L, H, P]", 4)
     check_dims("B", B, "[B, L, G, N]", 4)
     batch, length, heads, width = x.shape
@@ -187,12 +193,11 @@ def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens,
     check_shape("dt", dt, (batch, length, heads))
     check_shape("B", B, (batch, length, *B.shape[2:]))
     check_shape("C", C, (batch, length, *B.shape[2:]))
-    starts = sequence_starts(cu_seqlens, batch, length)
-    sequences = batch if starts is None else len(starts) - 1
+    sequences = check_sequences(cu_seqlens, x)
     shape = (sequences, heads, width, B.shape[3])
     check_states("initial_state", initial_state, shape, state_indices)
     check_recurrent_dtype("initial_state", initial_state, x)
-    return starts
+    return sequences
 
 
 def _check_step(state, x, dt, A, B, C, D, dt_bias, dt_limit, state_indices) -> None:

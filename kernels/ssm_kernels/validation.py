@@ -29,10 +29,14 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected it contiguous, found strides {tensor.stride()}")
 
 
-def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[int] | None:
-    """Check `cu_seqlens` [S + 1] against x [batch, length, ...] and return it as a list; None for padded batches."""
+def check_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
+    """Check `cu_seqlens` [S + 1] against x [batch, length, ...]; how many sequences there are, S or the batch.
+
+    Where both are on a GPU its numbers are not looked at, which would wait for the GPU: kernels keep them to x.
+    """
+    batch, length = x.shape[:2]
     if cu_seqlens is None:
-        return None
+        return batch
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INDEX_DTYPES:
         raise ValueError(
             f"cu_seqlens: expected one dimension of int32 or int64, found shape {tuple(cu_seqlens.shape)} of "
@@ -40,10 +44,11 @@ def sequence_starts(cu_seqlens: Tensor | None, batch: int, length: int) -> list[
         )
     if batch != 1:
         raise ValueError(f"x: expected batch 1 with cu_seqlens (packed sequences), found {batch}")
-    starts = cu_seqlens.tolist()
-    if not starts or starts[0] != 0 or starts[-1] != length or starts != sorted(starts):
-        raise ValueError(f"cu_seqlens: expected to rise from 0 to the {length} tokens of x, found {starts}")
-    return starts
+    if not cu_seqlens.numel() or not (cu_seqlens.is_cuda and x.is_cuda):
+        starts = cu_seqlens.tolist()
+        if not starts or starts[0] != 0 or starts[-1] != length or starts != sorted(starts):
+            raise ValueError(f"cu_seqlens: expected to rise from 0 to the {length} tokens of x, found {starts}")
+    return cu_seqlens.shape[0] - 1
 
 
 def check_states(name: str, state: Tensor | None, shape: tuple[int, ...], state_indices: Tensor | None) -> None:
@@ -81,14 +86,14 @@ def check_slots(state_indices: Tensor | None, pool: Tensor | None) -> None:
 
 
 def indices_in_place(name: str, state: Tensor, state_indices: Tensor | None) -> Tensor | None:
-    """Check that a native kernel can update `state` in place; return state_indices as it reads them, contiguous."""
+    """Check that a kernel can update `state` in place; return state_indices as it reads them, contiguous."""
     # A dimension of size 1 may have any stride.
     if state.stride(-1) != 1 and state.shape[-1] > 1:
         raise ValueError(f"{name}: expected unit stride in the last dimension, found strides {state.stride()}")
     if state_indices is None:
         return None
-    if not state_indices.is_cpu:
-        raise ValueError(f"state_indices: expected to be on cpu like {name}, found {state_indices.device}")
+    if state_indices.device != state.device:
+        raise ValueError(f"state_indices: expected to be on {state.device} like {name}, found {state_indices.device}")
     return state_indices.contiguous()
 
 

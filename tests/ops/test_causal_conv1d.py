@@ -84,7 +84,7 @@ def test_equals_torch_conv1d():
 
 def test_width_beyond_the_native_kernel():
     inputs = make_inputs(1, 12, 8, 9)
-    with pytest.raises(ValueError, match="K is 9, the native kernel takes at most 8"):
+    with pytest.raises(ValueError, match="K is 9, the kernel takes at most 8"):
         causal_conv1d(**inputs)
     with ssm_kernels.use_backend("auto"):
         compare_with_reference(inputs)

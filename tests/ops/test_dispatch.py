@@ -79,7 +79,8 @@ def test_forced_native_that_cannot_run():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="expected one of auto, native, reference, found 'cuda'"), use_backend("cuda"):
+    known = "auto, native, triton, mamba_ssm, reference"
+    with pytest.raises(ValueError, match=f"expected one of {known}, found 'cuda'"), use_backend("cuda"):
         pass
 
 
@@ -89,7 +90,7 @@ def test_environment_override():
     process = python(script, SSM_KERNELS_BACKEND="fast")
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "SSM_KERNELS_BACKEND: expected one of auto, native, reference, found 'fast'" in error
+    assert "SSM_KERNELS_BACKEND: expected one of auto, native, triton, mamba_ssm, reference, found 'fast'" in error
 
 
 def test_without_a_compiler_one_warning_says_why(tmp_path):
@@ -108,7 +109,7 @@ def test_without_a_compiler_one_warning_says_why(tmp_path):
 
 
 def test_the_warning_points_at_the_call_of_the_op(monkeypatch):
-    monkeypatch.setattr(dispatch, "_unavailable", lambda: "no compiler")
+    monkeypatch.setattr(dispatch, "_native_problem", lambda: "no compiler")
     x, pool = torch.ones(1, 4, 4), torch.ones(1, 4, 1)
     heads = x[..., None]
     codec = CODECS["int8"]

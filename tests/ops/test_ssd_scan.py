@@ -407,7 +407,7 @@ def test_nan_stays_in_its_head():
 def test_width_beyond_the_native_kernel():
     for width, states, message in ((257, 2, "P is 257"), (2, 257, "N is 257")):
         inputs = make_inputs(1, 3, 1, width, 1, states)
-        with pytest.raises(ValueError, match=f"{message}, the native kernel takes at most 256"):
+        with pytest.raises(ValueError, match=f"{message}, the kernel takes at most 256"):
             ssd_scan(**inputs)
         with ssm_kernels.use_backend("auto"):
             compare_with_reference(inputs)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# |found - expected| <= relative * |expected| + absolute * max|expected|. The relative part of bf16 is its own rounding:
-# half a unit in the last place is 2^-9. All arithmetic is fp32, whatever the inputs;
+# |found - expected| <= relative * |expected| + absolute * max|expected|. The relative part of bf16 and fp16 is their
+# own rounding: half a unit in the last place is 2^-9 and 2^-11. All arithmetic is fp32, whatever the inputs;
 # a gradient that sums 130 terms of either sign loses a few bits more than one that does not.
 TOLERANCE = {
     torch.float64: (1e-12, 1e-13),
     torch.float32: (1e-5, 1e-5),
     torch.bfloat16: (2**-8, 1e-5),
+    torch.float16: (2**-10, 1e-5),
 }
 
 

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from ssm_kernels.cpu import library
-from ssm_kernels.cpu.library import fp32_empty, pointer, raise_for_code, rows, sequences_of, state_view, unit_stride
+from ssm_kernels.cpu.library import (
+    fp32_empty,
+    pointer,
+    raise_for_code,
+    rows,
+    sequences_of,
+    starts_of,
+    state_view,
+    unit_stride,
+)
 
-MIN_WIDTH, MAX_WIDTH = 2, 8  # kForward in csrc/causal_conv1d.cpp
+DTYPES = library.KERNEL_DTYPES
+MAX_WIDTH = 8  # kForward in csrc/causal_conv1d.cpp
 
 _pack = struct.Struct("=29q").pack  # struct ConvArguments
 _pack_gradients = struct.Struct("=9q").pack  # the rest of struct ConvGradients
@@ -23,14 +33,14 @@ def forward(
     silu: bool,
     initial: Tensor | None,
     final: Tensor | None,
-    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     state_indices: Tensor | None = None,
 ) -> Tensor:
     """Run the convolution and return its output; `final` is written. x is [B, L, C], or [B, C] for one step.
 
-    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool.
+    With `state_indices`, `initial` and `final` are the pool.
     """
-    out = x.new_empty(x.shape)
+    out, initial, starts = x.new_empty(x.shape), unit_stride(initial), starts_of(cu_seqlens)
     block, _kept = _arguments(x, weight, bias, silu, initial, final, starts, state_indices, out)
     code = library.entry_point("causal_conv1d_forward")(block)
     if code:
@@ -68,9 +78,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, weight, bias, initial_state), None where the input was omitted; weight and bias in fp32.
 
-    `saved` is (x, weight, bias, initial_state, starts) of the forward.
+    `saved` is (x, weight, bias, initial_state, cu_seqlens) of the forward.
     """
-    x, weight, bias, initial, starts = saved
+    x, weight, bias, initial, cu_seqlens = saved
+    starts = starts_of(cu_seqlens)
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     initial, final_grad = unit_stride(initial), unit_stride(final_grad)
     block, kept = _arguments(x, weight, bias, silu, initial, final_grad, starts, None, out_grad)

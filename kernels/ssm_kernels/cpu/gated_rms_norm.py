@@ -10,6 +10,7 @@ from torch import Tensor
 from ssm_kernels.cpu import library
 from ssm_kernels.cpu.library import matrix, pointer
 
+DTYPES = library.KERNEL_DTYPES
 _pack = struct.Struct("=19qd").pack  # struct GatedArguments
 _pack_gradients = struct.Struct("=7q").pack  # the rest of struct GatedGradients
 

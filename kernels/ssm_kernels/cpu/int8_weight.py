@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssm_kernels.cpu import library
 
+DTYPES = frozenset({torch.uint8, torch.bfloat16})
 _pack = struct.Struct("=6q").pack  # struct WeightArguments
 
 

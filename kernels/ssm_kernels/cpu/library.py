@@ -142,9 +142,9 @@ def unit_stride(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def empty_state(initial: Tensor | None, *shape: int) -> Tensor:
-    """Room for final states, in the dtype of the initial ones; fp32 where there are none."""
-    return fp32_empty(shape) if initial is None else initial.new_empty(shape)
+def starts_of(cu_seqlens: Tensor | None) -> Tensor | None:
+    """cu_seqlens as kernels read it: contiguous int64."""
+    return None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
 
 
 def fp32_state(tensor: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssm_kernels.cpu import library
 
+DTYPES = library.KERNEL_DTYPES
 _pack = struct.Struct("=11q").pack  # struct LinearArguments
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssm_kernels.codecs import CODECS, RAW, Codec
 from ssm_kernels.cpu import library
 
+DTYPES = frozenset({*RAW, torch.uint8})
 _pack = struct.Struct("=8q").pack  # struct QuantizeArguments
 _pack_sum = struct.Struct("=8q").pack  # struct SumArguments, before its wires
 _pack_raw = struct.Struct("=7q").pack  # struct RawArguments, before its wires

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssm_kernels.cpu import library
 from ssm_kernels.cpu.library import matrix
 
+DTYPES = library.KERNEL_DTYPES
 _pack = struct.Struct("=18qd").pack  # struct NormArguments
 _pack_gradients = struct.Struct("=7q").pack  # the rest of struct NormGradients
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssm_kernels.cpu import library
 from ssm_kernels.cpu.library import matrix
 
+DTYPES = library.KERNEL_DTYPES
 _pack = struct.Struct("=10q").pack  # struct ScaleArguments
 
 

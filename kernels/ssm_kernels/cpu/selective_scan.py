@@ -17,9 +17,12 @@ from ssm_kernels.cpu.library import (
     raise_for_code,
     rows,
     sequences_of,
+    starts_of,
     state_view,
+    unit_stride,
 )
 
+DTYPES = library.KERNEL_DTYPES
 CHUNK = 64  # kChunk in csrc/selective_scan.h
 BLOCK = 16  # kLanes in csrc/vector.h
 MAX_STATES = 256  # kMaxStates
@@ -40,16 +43,15 @@ def forward(
     dt_softplus: bool,
     initial: Tensor | None,
     final: Tensor | None,
-    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     state_indices: Tensor | None = None,
     chunk_states: Tensor | None = None,
 ) -> Tensor:
     """Run the scan and return `out`; `final` is written. x is [B, L, I], or [B, I] for one step.
 
-    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool. They are fp32
-    or bf16, one dtype for both.
+    With `state_indices`, `initial` and `final` are the pool. They are fp32 or bf16, one dtype for both.
     """
-    out = x.new_empty(x.shape)
+    out, initial, starts = x.new_empty(x.shape), unit_stride(initial), starts_of(cu_seqlens)
     A, D, dt_bias = parameter(A), parameter(D), parameter(dt_bias)
     block, _kept = _arguments(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial, final, starts, state_indices, chunk_states, out
@@ -90,10 +92,10 @@ def _arguments(
     return block, kept
 
 
-def chunk_states_for(x: Tensor, A: Tensor, starts: Tensor | None) -> Tensor:
+def chunk_states_for(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Room for the states that the backward starts from, one every CHUNK tokens of each sequence."""
     batch, length, channels = x.shape
-    chunks = batch * -(-length // CHUNK) if starts is None else length // CHUNK + starts.shape[0]
+    chunks = batch * -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + cu_seqlens.shape[0]
     return fp32_empty(chunks, -(-channels // BLOCK), A.shape[1], BLOCK)
 
 
@@ -105,10 +107,11 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state), None where the input was omitted.
 
-    `saved` is (x, dt, A, B, C, D, z, dt_bias, initial_state, starts, chunk_states) of the forward. The gradients of A,
-    D, dt_bias and initial_state are fp32, the others have their input's dtype.
+    `saved` is (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, chunk_states) of the forward. The gradients of
+    A, D, dt_bias and initial_state are fp32, the others have their input's dtype.
     """
-    x, dt, A, B, C, D, z, dt_bias, initial, starts, chunk_states = saved
+    x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, chunk_states = saved
+    starts = starts_of(cu_seqlens)
     A32, D32, bias32 = parameter(A), parameter(D), parameter(dt_bias)
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     final_grad = fp32_state(final_grad)

@@ -17,8 +17,11 @@ from ssm_kernels.cpu.library import (
     raise_for_code,
     rows,
     sequences_of,
+    starts_of,
+    unit_stride,
 )
 
+DTYPES = library.KERNEL_DTYPES
 BLOCK = 16  # kLanes in csrc/vector.h
 MAX_WIDTH = 256  # kMaxWidth in csrc/ssd_scan.h
 
@@ -38,15 +41,14 @@ def forward(
     dt_limit: tuple[float, float],
     initial: Tensor | None,
     final: Tensor | None,
-    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     state_indices: Tensor | None = None,
 ) -> Tensor:
     """Run the scan and return `out`; `final` is written. x is [B, L, H, P], or [B, H, P] for one step.
 
-    `starts` is cu_seqlens as contiguous int64; with `state_indices`, `initial` and `final` are the pool. They are fp32
-    or bf16, one dtype for both.
+    With `state_indices`, `initial` and `final` are the pool. They are fp32 or bf16, one dtype for both.
     """
-    out = x.new_empty(x.shape)
+    out, initial, starts = x.new_empty(x.shape), unit_stride(initial), starts_of(cu_seqlens)
     A, D, dt_bias = parameter(A), parameter(D), parameter(dt_bias)
     block, _kept = _arguments(
         x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, final, starts, state_indices, out
@@ -99,10 +101,11 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, dt, A, B, C, D, dt_bias, initial_state), None where the input was omitted.
 
-    `saved` is (x, dt, A, B, C, D, dt_bias, initial_state, starts) of the forward. The gradients of A, D, dt_bias and
-    initial_state are fp32, the others have their input's dtype.
+    `saved` is (x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens) of the forward. The gradients of A, D, dt_bias
+    and initial_state are fp32, the others have their input's dtype.
     """
-    x, dt, A, B, C, D, dt_bias, initial, starts = saved
+    x, dt, A, B, C, D, dt_bias, initial, cu_seqlens = saved
+    starts = starts_of(cu_seqlens)
     A32, D32, bias32 = parameter(A), parameter(D), parameter(dt_bias)
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     initial, final_grad = fp32_state(initial), fp32_state(final_grad)

@@ -1,0 +1,26 @@
+"""What launchers of Triton kernels share: which tensors they take and how those are described to a kernel."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., features] as [rows, features] whose last stride is 1; a copy only where it must be."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def unit_stride(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself where its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,82 @@
+"""Triton's interpreter as tests need it: it rounds as a GPU does, and scans as fast as numpy can.
+
+Its own conversions to bf16 and fp8 cut bits off; those of a GPU round to nearest even, as torch's do. For scans and
+reductions with a function of ours it calls the function once for every pair of numbers; but that is written for whole
+tensors, as every Triton function is, so that one call for every pair of rows along the axis gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_TORCH_DTYPES = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+_UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+
+@contextmanager
+def true_to_the_gpu() -> Iterator[None]:
+    """Let conversions round to nearest even, and scans and reductions combine whole rows."""
+    with (
+        mock.patch.object(interpreter, "_convert_float", _converted),
+        mock.patch.object(interpreter.ScanOps, "generic_scan", _scan),
+        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduce),
+    ):
+        yield
+
+
+def _converted(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode) -> np.ndarray:
+    """The bits of the numbers, which the interpreter keeps as integers where numpy has no such dtype."""
+    shape = data.shape  # torch knows no numpy arrays of no dimension
+    numbers = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).view(_TORCH_DTYPES[source])
+    bits = numbers.to(_TORCH_DTYPES[target]).view(torch.uint8).numpy()
+    return bits.view(_UNSIGNED[target.primitive_bitwidth]).reshape(shape)
+
+
+def _rows(self, inputs, axis: int):
+    """Of each input, its rows along the axis, as tensors of the interpreter."""
+    for place in range(inputs[0].handle.data.shape[axis]):
+        taken = (np.ascontiguousarray(part.handle.data.take(place, axis)) for part in inputs)
+        yield tuple(self.to_tensor(data, part.dtype) for data, part in zip(taken, inputs, strict=True))
+
+
+def _combined(self, before: tuple, row: tuple) -> tuple:
+    result = self.combine_fn.fn(*before, *row)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _scan(self, inputs):
+    results = []
+    for row in _rows(self, inputs, self.axis):
+        results.append(row if not results else _combined(self, results[-1], row))
+    stacks = [np.stack([part.handle.data for part in parts], self.axis) for parts in zip(*results, strict=True)]
+    return [self.to_tensor(data, part.dtype) for data, part in zip(stacks, inputs, strict=True)]
+
+
+def _reduce(self, inputs):
+    original_axis = self.axis
+    inputs, axis = self.unravel(inputs, self.axis)
+    total = None
+    for row in _rows(self, inputs, axis):
+        total = row if total is None else _combined(self, total, row)
+    results = []
+    for part, given in zip(total, inputs, strict=True):
+        data = part.handle.data
+        if self.keep_dims:
+            data = np.expand_dims(data, axis)
+        elif original_axis is None:
+            data = data.item()
+        results.append(self.to_tensor(data, given.dtype))
+    return results
