@@ -18,6 +18,7 @@ from deepspeed_inference.validation import check_sampling, in_range, one_of
 from megatron_ssm.collectives.quantized import QUANTIZABLE_SITES, check_sites
 from megatron_ssm.overlap import HIDE_REDUCTIONS
 from ssm_kernels.codecs import CODECS
+from ssm_kernels.dispatch import BACKENDS
 
 DTYPES = {
     "float32": torch.float32,
@@ -107,7 +108,9 @@ class InferenceConfig:
     bind_cores: bool = option(
         True, "keep each of several ranks on its share of the host's cores, unless the launcher did so (CPU)"
     )
-    kernels: str = option("auto", "auto, native or reference: how the recurrences are computed")
+    kernels: str = option(
+        "auto", "auto, native (CPU), triton (GPU), mamba_ssm or reference: how the recurrences are computed"
+    )
     reduction: str = option("auto", "auto, shared_memory or torch: how the ranks add their partial results")
     reduction_timeout: float = option(300.0, "seconds after which a rank gives up waiting for another", type=float)
     quantized_all_reduce: QuantizedAllReduceConfig | None = option(
@@ -119,7 +122,8 @@ class InferenceConfig:
         "auto", "auto, always or never: ranks compute while their sums are under way, a long prompt in two parts"
     )
     record_decode: bool = option(
-        True, "keep a decode step as a list of native calls and play that, without the Python around them (CPU)"
+        True,
+        "keep a decode step, as a list of native calls (CPU) or a CUDA graph, and play it without the Python around it",
     )
 
     # What is remembered
@@ -181,7 +185,7 @@ class InferenceConfig:
             one_of("weights", self.weights, WEIGHTS)
             if self.dtype is not None:
                 check_dtype_of_weights(self.weights, self.dtype)
-        one_of("kernels", self.kernels, ("auto", "native", "reference"))
+        one_of("kernels", self.kernels, BACKENDS)
         one_of("reduction", self.reduction, ("auto", "shared_memory", "torch"))
         one_of("hide_reductions", self.hide_reductions, HIDE_REDUCTIONS)
         in_range("threads", self.threads, int, lambda value: value >= 1, "a positive integer", optional=True)

@@ -23,8 +23,10 @@ from deepspeed_inference import policy
 from deepspeed_inference.batching.continuous_batch import ContinuousBatch
 from deepspeed_inference.batching.prefill import Piece, Prefills
 from deepspeed_inference.batching.request import Id, Request
+from deepspeed_inference.captured_decode import CapturedDecode
 from deepspeed_inference.config import InferenceConfig
 from deepspeed_inference.generate import stream
+from deepspeed_inference.model_memory import ModelMemory
 from deepspeed_inference.opening import open_model, options_of
 from deepspeed_inference.padding import left_aligned, mask_of_padding
 from deepspeed_inference.placement import Placement
@@ -40,6 +42,7 @@ from deepspeed_inference.state.selection import Sequences
 from deepspeed_inference.state.spill import second_tier
 from megatron_ssm.checkpoint import fingerprint
 from megatron_ssm.collectives import ParallelGroups, Reduction
+from megatron_ssm.device_copies import send
 from megatron_ssm.families import Family
 from megatron_ssm.overlap import Overlap
 
@@ -153,7 +156,9 @@ class SSMInferenceEngine(InferenceEngine):
         self.stack.state_dtype = options.state_dtype
         self.memory = memory
         self.prefix_cache = self._make_prefix_cache()
-        self._decode = RecordedDecode(self.stack, self.head, self._step, options.record_decode)
+        memory = ModelMemory(self.stack, self.head)
+        kept = RecordedDecode if memory.device.type == "cpu" else CapturedDecode
+        self._decode = kept(memory, self._step, options.record_decode)
 
     @property
     def device(self) -> torch.device:
@@ -250,7 +255,7 @@ class SSMInferenceEngine(InferenceEngine):
         self._check_batch(ids.shape[0], context)
         context.reserve(1)
         with self._freeing(context):
-            logits = self._decode.run(ids.to(self.device), context)
+            logits = self._decode.run(send(ids, self.device), context)
         context.advance(1)
         return self._whole_logits(logits, gather_logits)
 
@@ -347,13 +352,13 @@ class SSMInferenceEngine(InferenceEngine):
         lengths = torch.tensor([piece.numel() for piece in ids], device="cpu")
         context.reserve(lengths)
         if (lengths == lengths[0]).all():
-            output, residual = self._run(torch.stack(ids).to(self.device), context, None)
+            output, residual = self._run(send(torch.stack(ids), self.device), context, None)
             last = slice(None), -1
         else:
             ends = lengths.cumsum(0)
-            cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32).to(self.device)
-            output, residual = self._run(torch.cat(ids).unsqueeze(0).to(self.device), context, cu_seqlens)
-            last = 0, (ends - 1).to(self.device)
+            cu_seqlens = send(torch.cat([ends.new_zeros(1), ends]).to(torch.int32), self.device)
+            output, residual = self._run(send(torch.cat(ids).unsqueeze(0), self.device), context, cu_seqlens)
+            last = 0, send(ends - 1, self.device)
         context.advance(lengths)
         return output[last], residual[last]
 

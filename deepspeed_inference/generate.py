@@ -46,8 +46,9 @@ def stream(
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool)
         ends = torch.tensor(sorted(eos_token_ids), dtype=torch.int64)
         for step in range(max_new_tokens):
-            tokens = choose(logits, engine.head, sampling, streams, context.positions)
-            shown = tokens.cpu().masked_fill(ended, -1)
+            # On the host, which looks at them anyway: the next step then waits for nothing.
+            tokens = choose(logits, engine.head, sampling, streams, context.positions).cpu()
+            shown = tokens.masked_fill(ended, -1)
             yield shown
             ended |= torch.isin(shown, ends)
             if step + 1 == max_new_tokens or ended.all():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_ssm.device_copies import on_host, send
 from megatron_ssm.state import LayerState
 
 STEP = 64  # chunks begin at multiples of it; neither is shorter, or scans and products would be of odd little pieces
@@ -54,8 +55,8 @@ def split(length: int, cu_seqlens: torch.Tensor | None, state: LayerState) -> tu
     if cu_seqlens is None:
         behind = None if state.positions is None else state.positions + cut
         return Chunk(first, None, state.indices, state.positions), Chunk(second, None, state.indices, behind)
-    ranges = list(itertools.pairwise(cu_seqlens.tolist()))
-    slots = torch.arange(len(ranges)) if state.indices is None else state.indices.cpu()
+    ranges = list(itertools.pairwise(on_host(cu_seqlens).tolist()))
+    slots = torch.arange(len(ranges), device="cpu") if state.indices is None else on_host(state.indices)
     behind = None
     if state.positions is not None:
         behind = state.positions.clone()
@@ -77,4 +78,5 @@ def _packed(
     here = [min(end, tokens.stop) - max(begin, tokens.start) for begin, end in ranges]
     present = [number for number, count in enumerate(here) if count > 0]
     starts = list(itertools.accumulate((here[number] for number in present), initial=0))
-    return Chunk(tokens, cu_seqlens.new_tensor(starts), slots[present].to(cu_seqlens.device), positions)
+    bounds = torch.tensor(starts, dtype=cu_seqlens.dtype, device="cpu")
+    return Chunk(tokens, send(bounds, cu_seqlens.device), send(slots[present], cu_seqlens.device), positions)

@@ -57,6 +57,7 @@ class GatedNorm(nn.Module):
         groups = Segment("groups", config.groups, heads=config.heads, groups=config.groups)
         # Of each run of this rank's channels: its group.
         self.groups_here = groups.local_owners(reduction.rank, reduction.size)
+        self._groups = torch.tensor(self.groups_here, device="cpu")
         self.group_width = config.inner_size // config.groups
 
     def project(self, y: torch.Tensor, z: torch.Tensor, out_proj: RowParallelLinear) -> Partial:
@@ -81,7 +82,7 @@ class GatedNorm(nn.Module):
             return Partial(out_proj(product), sums, self._factors)
         if way == "by_group":
             return Partial(self._outputs_by_group(product, out_proj), sums, self._factors)
-        factors = self._factors(self.reduction.reduce(sums, NORM_SUMS))[..., self.groups_here]
+        factors = self._factors(self.reduction.reduce(sums, NORM_SUMS)).index_select(-1, self._groups_on(y.device))
         runs = product.unflatten(-1, (len(self.groups_here), -1))
         return Partial(out_proj((runs * factors.unsqueeze(-1)).to(self.weight.dtype).flatten(-2)))
 
@@ -92,7 +93,12 @@ class GatedNorm(nn.Module):
         if self.config.groups == 1:
             return sums
         whole = sums.new_zeros(*sums.shape[:-1], self.config.groups)
-        return whole.index_add(-1, torch.tensor(self.groups_here, device=sums.device), sums)
+        return whole.index_add(-1, self._groups_on(sums.device), sums)
+
+    def _groups_on(self, device: torch.device) -> torch.Tensor:
+        if self._groups.device != device:
+            self._groups = self._groups.to(device)  # once: a captured step cannot read memory of the host
+        return self._groups
 
     def _outputs_by_group(self, product: torch.Tensor, out_proj: RowParallelLinear) -> torch.Tensor:
         outputs: dict[int, torch.Tensor] = {}

@@ -12,6 +12,10 @@ from functools import lru_cache
 
 import torch
 
+from megatron_ssm.device_copies import on_host
+
+NO_SLOT = -1  # among the slots of a batch on a GPU: a row that only fills it up; no state is read or written for it
+
 
 @lru_cache(maxsize=64)  # every layer asks for the same
 @torch.inference_mode(False)
@@ -30,7 +34,7 @@ class LayerState:
         keys, values: [slots, key-value heads on this rank, capacity, P], in the activations' dtype; those of a slot's
             first `positions` tokens count, and there must be room for what comes next.
         positions: [slots] int64 on the CPU, how many tokens each slot has seen; the context moves them on.
-        indices: [sequences] int64, the slot of each sequence; None where sequence i has slot i.
+        indices: [sequences] int64, the slot of each sequence, or NO_SLOT; None where sequence i has slot i.
     """
 
     conv: torch.Tensor | None = None
@@ -48,7 +52,7 @@ class LayerState:
 
     def of(self, sequence: int) -> LayerState:
         """The keys and values of one sequence, as a state of their own: views."""
-        slot = sequence if self.indices is None else int(self.indices[sequence])
+        slot = sequence if self.indices is None else int(on_host(self.indices)[sequence])
         one = slice(slot, slot + 1)
         return replace(
             self, conv=None, ssm=None, keys=self.keys[one], values=self.values[one], positions=self.positions[one],

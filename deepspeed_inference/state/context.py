@@ -74,7 +74,7 @@ class SSMInferenceContext(Cache):
 
     Attributes:
         recordings: decode steps recorded on this memory, by whoever decodes; none any more once the memory moves. That
-            of all rows is `recorded`; those of selections have their sizes as keys.
+            of all rows is `recorded`; those of selections have their sizes as keys, and graphs `("graph", rows)`.
         device: where it lies.
     """
 
@@ -122,6 +122,11 @@ class SSMInferenceContext(Cache):
         return self.positions.numel()
 
     @property
+    def layer_count(self) -> int:
+        """How many layers the model has."""
+        return self._layer_count
+
+    @property
     def recorded(self) -> Any:
         """A decode step of all rows, recorded; None where there is none, or the memory has moved since."""
         return self.recordings.get(None)
@@ -131,6 +136,16 @@ class SSMInferenceContext(Cache):
         self.recordings[None] = recording
 
     indices = None  # row i is slot i
+
+    @property
+    def pool(self) -> SSMInferenceContext:
+        """The context whose slots its sequences are in: itself."""
+        return self
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[B] int64 on the CPU, the slot of each sequence."""
+        return torch.arange(self.batch_size, device="cpu")
 
     def as_recorded(self) -> SSMInferenceContext:
         """What a recording is to read: the context itself."""

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from deepspeed_inference.state.context import SSMInferenceContext
+from megatron_ssm.device_copies import send
 from megatron_ssm.state import LayerState
 
 
@@ -35,7 +36,7 @@ class Selection:
             raise ValueError(f"slots: expected distinct ones in 0..{pool.batch_size - 1}, found {found}")
         self.pool = pool
         self.slots = slots
-        self.indices = slots.to(pool.device)
+        self.indices = send(slots, pool.device)
 
     @classmethod
     def of(cls, sequences: Sequences, rows: Sequence[int]) -> Sequences:

@@ -5,6 +5,7 @@ out[t] = act(bias + sum_k weight[k] x[t - K + 1 + k])
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -71,7 +72,7 @@ def causal_conv1d(
     inputs = (x, weight, bias, initial_state)
     if state_indices is not None:
         refuse_grad("causal_conv1d with state_indices", *inputs)
-    kernels = dispatch.choose("causal_conv1d", inputs, lambda kernels: _limit(weight, kernels))
+    kernels = dispatch.choose("causal_conv1d", inputs, partial(_limit, inputs[:3], cu_seqlens))
     if kernels is None:
         check_slots(state_indices, initial_state)
         return reference.causal_conv1d(
@@ -134,7 +135,8 @@ def causal_conv1d_update(
     inputs = (x, state, weight, bias)
     if torch.is_grad_enabled():
         refuse_grad("causal_conv1d_update", *inputs)
-    kernels = dispatch.choose("causal_conv1d_update", inputs, lambda kernels: _limit(weight, kernels), "causal_conv1d")
+    limit = partial(_limit, (x, weight, bias), None)
+    kernels = dispatch.choose("causal_conv1d_update", inputs, limit, "causal_conv1d")
     if kernels is None:
         check_slots(state_indices, state)
         return reference.causal_conv1d_update(*inputs, activation, state_indices=state_indices)
@@ -159,9 +161,11 @@ class _CausalConv1d(torch.autograd.Function):
         return None, *gradients, None, None, None
 
 
-def _limit(weight: Tensor, kernels: ModuleType) -> str | None:
-    width, most = weight.shape[1], kernels.MAX_WIDTH
-    return None if width <= most else f"K is {width}, the kernel takes at most {most}"
+def _limit(inputs, cu_seqlens, kernels: ModuleType) -> str | None:
+    width, most = inputs[1].shape[1], kernels.MAX_WIDTH
+    if width > most:
+        return f"K is {width}, the kernel takes at most {most}"
+    return dispatch.refusal(kernels, inputs, cu_seqlens)
 
 
 def _check_parameters(channels: int, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:

@@ -41,8 +41,8 @@ _last: dict[str, tuple[str, str]] = {}
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend within a `with` block: one of `BACKENDS`.
 
-    A forced backend that cannot run an op makes that op raise ValueError; an op that it does not have at all, as
-    mamba_ssm has no codecs, runs as without it. The choice holds for the whole process.
+    A forced backend that cannot run an op makes that op raise ValueError. Of mamba_ssm only absence does: what it
+    cannot do, and ops that a backend does not have at all, run as without it. The choice holds for the whole process.
     """
     global _forced
     before, _forced = _forced, _checked(name, "use_backend")
@@ -72,28 +72,35 @@ def choose(
     if _forced == "reference":
         _last[op] = ("reference", "forced")
         return None
-    name = module or op
-    backend = _forced if _forced != "auto" and _has(_forced, name) else _automatic(tensors)
-    if backend is None or not _has(backend, name):
+    name, usual = module or op, _usual(tensors)
+    if _forced != "auto" and _has(_forced, name):
+        kernels, reason = _candidate(_forced, name, tensors, limit)
+        if reason is None:
+            _last[op] = (_forced, "forced")
+            return kernels
+        if _forced != "mamba_ssm" or _problem(_forced):
+            raise ValueError(f"{op}: expected to run on the forced backend {_forced!r}, found that it cannot: {reason}")
+    if usual is None or not _has(usual, name):
         _last[op] = ("reference", "no kernel for tensors there")
         return None
-    reason = _missing(backend)
+    kernels, reason = _candidate(usual, name, tensors, limit)
     if reason is None:
-        kernels = _load(backend, name)
-        reason = _unsupported(backend, kernels.DTYPES, tensors) or (limit(kernels) if limit is not None else None)
-        if reason is None:
-            reason = _native_problem() if backend == "native" else None
-            if reason is None:
-                _last[op] = (backend, "forced" if backend == _forced else "tensors on its device, in its dtypes")
-                return kernels
-            if _forced == "auto":
-                _warn_once(reason)
-    elif _forced == "auto":
+        _last[op] = (usual, "tensors on its device, in its dtypes")
+        return kernels
+    if reason == _problem(usual):
         _warn_once(reason)
-    if backend == _forced:
-        raise ValueError(f"{op}: expected to run on the forced backend {backend!r}, found that it cannot: {reason}")
     _last[op] = ("reference", reason)
     return None
+
+
+def refusal(kernels: ModuleType, *call) -> str | None:
+    """Why a module cannot take a call, where it has something to say about single ones."""
+    return kernels.refusal(*call) if hasattr(kernels, "refusal") else None
+
+
+def forced() -> str:
+    """The backend that a `use_backend` or the environment asks for; "auto" for none."""
+    return _forced
 
 
 def is_forced(backend: str) -> bool:
@@ -105,18 +112,28 @@ def backend_report() -> dict[str, str]:
     """What is forced, which backends work, and the last choice of each op with its reason."""
     report = {"forced": _forced}
     for backend in _PACKAGES:
-        problem = _missing(backend) or (_native_problem() if backend == "native" else None)
+        problem = _problem(backend)
         report[backend] = f"unavailable: {problem}" if problem else "available"
     report.update({op: f"{backend} ({reason})" for op, (backend, reason) in _last.items()})
     return report
 
 
-def _automatic(tensors: tuple[Tensor | None, ...]) -> str | None:
+def _usual(tensors: tuple[Tensor | None, ...]) -> str | None:
     """The backend of the device that the first tensor is on."""
     for tensor in tensors:
         if tensor is not None:
             return "native" if tensor.is_cpu else "triton" if tensor.is_cuda else None
     return None
+
+
+def _candidate(backend: str, name: str, tensors, limit) -> tuple[ModuleType | None, str | None]:
+    """The module of a backend, and why it cannot take the call."""
+    problem = _missing(backend)
+    if problem is not None:
+        return None, problem
+    kernels = _load(backend, name)
+    reason = _unsupported(backend, kernels.DTYPES, tensors) or (limit(kernels) if limit is not None else None)
+    return kernels, reason or _problem(backend)
 
 
 def _unsupported(backend: str, dtypes: frozenset[torch.dtype], tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -143,14 +160,9 @@ def _missing(backend: str) -> str | None:
     return next(filter(None, map(optional.problem, _NEEDS[backend])), None)
 
 
-@cache
-def _has(backend: str, module: str) -> bool:
-    return importlib.util.find_spec(f"{_PACKAGES[backend]}.{module}") is not None
-
-
-@cache
-def _load(backend: str, module: str) -> ModuleType:
-    return importlib.import_module(f"{_PACKAGES[backend]}.{module}")
+def _problem(backend: str) -> str | None:
+    """Why a backend does not work on this machine."""
+    return _native_problem() if backend == "native" else _missing(backend)
 
 
 @cache
@@ -161,6 +173,16 @@ def _native_problem() -> str | None:
     except native.NativeBuildError as error:
         return str(error)
     return None
+
+
+@cache
+def _has(backend: str, module: str) -> bool:
+    return importlib.util.find_spec(f"{_PACKAGES[backend]}.{module}") is not None
+
+
+@cache
+def _load(backend: str, module: str) -> ModuleType:
+    return importlib.import_module(f"{_PACKAGES[backend]}.{module}")
 
 
 def _warn_once(reason: str) -> None:

@@ -5,6 +5,7 @@ y = x + residual        out = y / sqrt(mean(y²) + eps) · weight
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -47,7 +48,7 @@ def rms_norm(
     check_shape("residual", residual, x.shape)
     if residual_dtype is None and residual is not None:
         residual_dtype = residual.dtype
-    kernels = dispatch.choose("rms_norm", (x, weight, residual), lambda kernels: _limit(residual_dtype, kernels))
+    kernels = dispatch.choose("rms_norm", (x, weight, residual), partial(_limit, residual_dtype))
     if kernels is None:
         return reference.rms_norm(x, weight, eps, residual=residual, residual_dtype=residual_dtype)
     if wants_grad(x, weight, residual):

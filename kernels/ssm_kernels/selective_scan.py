@@ -6,6 +6,7 @@ section 3) and its single decode step:
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -76,7 +77,8 @@ def selective_scan(
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     if state_indices is not None:
         refuse_grad("selective_scan with state_indices", *inputs)
-    kernels = dispatch.choose("selective_scan", inputs, lambda kernels: _limit(A, kernels))
+    limit = partial(_limit, inputs[:8], initial_state, cu_seqlens)
+    kernels = dispatch.choose("selective_scan", inputs, limit)
     if kernels is None:
         check_slots(state_indices, initial_state)
         return reference.selective_scan(
@@ -136,7 +138,8 @@ def selective_state_update(
     inputs = (state, x, dt, A, B, C, D, z, dt_bias)
     if torch.is_grad_enabled():
         refuse_grad("selective_state_update", *inputs)
-    kernels = dispatch.choose("selective_state_update", inputs, lambda kernels: _limit(A, kernels), "selective_scan")
+    limit = partial(_limit, inputs[1:], None, None)
+    kernels = dispatch.choose("selective_state_update", inputs, limit, "selective_scan")
     if kernels is None:
         check_slots(state_indices, state)
         return reference.selective_state_update(*inputs, dt_softplus, state_indices=state_indices)
@@ -170,9 +173,11 @@ def _room_for_states(inputs, sequences: int | None) -> Tensor | None:
     return x.new_empty((sequences, *A.shape), dtype=torch.float32 if initial is None else initial.dtype)
 
 
-def _limit(A: Tensor, kernels: ModuleType) -> str | None:
-    states, most = A.shape[1], kernels.MAX_STATES
-    return None if states <= most else f"N is {states}, the kernel takes at most {most}"
+def _limit(inputs, initial_state, cu_seqlens, kernels: ModuleType) -> str | None:
+    states, most = inputs[2].shape[1], kernels.MAX_STATES
+    if states > most:
+        return f"N is {states}, the kernel takes at most {most}"
+    return dispatch.refusal(kernels, inputs, initial_state, cu_seqlens)
 
 
 def _check_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, state_indices) -> int:

@@ -7,6 +7,7 @@ Structured State Space Duality", 2024, sections 5 to 7) and its single decode st
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -80,7 +81,7 @@ def ssd_scan(
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
     if state_indices is not None:
         refuse_grad("ssd_scan with state_indices", *inputs)
-    kernels = dispatch.choose("ssd_scan", inputs, lambda kernels: _limit(x, B, kernels))
+    kernels = dispatch.choose("ssd_scan", inputs, partial(_limit, inputs[:7], dt_limit, cu_seqlens))
     if kernels is None:
         check_slots(state_indices, initial_state)
         return reference.ssd_scan(
@@ -143,7 +144,8 @@ def ssd_state_update(
     inputs = (state, x, dt, A, B, C, D, dt_bias)
     if torch.is_grad_enabled():
         refuse_grad("ssd_state_update", *inputs)
-    kernels = dispatch.choose("ssd_state_update", inputs, lambda kernels: _limit(x, B, kernels), "ssd_scan")
+    limit = partial(_limit, inputs[1:], dt_limit, None)
+    kernels = dispatch.choose("ssd_state_update", inputs, limit, "ssd_scan")
     if kernels is None:
         check_slots(state_indices, state)
         return reference.ssd_state_update(*inputs, dt_softplus, dt_limit, state_indices=state_indices)
@@ -178,11 +180,11 @@ def _room_for_states(inputs, sequences: int | None) -> Tensor | None:
     return x.new_empty(shape, dtype=torch.float32 if initial is None else initial.dtype)
 
 
-def _limit(x: Tensor, B: Tensor, kernels: ModuleType) -> str | None:
-    for name, width in (("P", x.shape[-1]), ("N", B.shape[-1])):
+def _limit(inputs, dt_limit, cu_seqlens, kernels: ModuleType) -> str | None:
+    for name, width in (("P", inputs[0].shape[-1]), ("N", inputs[3].shape[-1])):
         if width > kernels.MAX_WIDTH:
             return f"{name} is {width}, the kernel takes at most {kernels.MAX_WIDTH}"
-    return None
+    return dispatch.refusal(kernels, inputs, dt_limit, cu_seqlens)
 
 
 def _check_scan(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens, state_indices) -> int:

@@ -32,7 +32,7 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 def check_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
     """Check `cu_seqlens` [S + 1] against x [batch, length, ...]; how many sequences there are, S or the batch.
 
-    Where both are on a GPU its numbers are not looked at, which would wait for the GPU: kernels keep them to x.
+    On a device its numbers are not looked at, which would wait for it: kernels keep them to x.
     """
     batch, length = x.shape[:2]
     if cu_seqlens is None:
@@ -44,7 +44,7 @@ def check_sequences(cu_seqlens: Tensor | None, x: Tensor) -> int:
         )
     if batch != 1:
         raise ValueError(f"x: expected batch 1 with cu_seqlens (packed sequences), found {batch}")
-    if not cu_seqlens.numel() or not (cu_seqlens.is_cuda and x.is_cuda):
+    if not cu_seqlens.numel() or cu_seqlens.is_cpu or x.is_cpu:
         starts = cu_seqlens.tolist()
         if not starts or starts[0] != 0 or starts[-1] != length or starts != sorted(starts):
             raise ValueError(f"cu_seqlens: expected to rise from 0 to the {length} tokens of x, found {starts}")

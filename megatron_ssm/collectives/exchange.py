@@ -66,6 +66,7 @@ class Exchange:
         self.peers = tuple(peers)
         self.place = self.peers.index(dist.get_rank(group))
         self._thread: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._in_thread = 0  # transfers that were handed to the thread and not waited for
 
     def start(self, parts: Sequence[Part], name: str, overlaps: bool = True) -> Transfer:
@@ -79,8 +80,13 @@ class Exchange:
         pieces = self._pieces(parts)
         if len(pieces) <= _AT_ONCE:
             return _SmallTransfer(pieces, name)
-        # On a GPU the stream does what the thread does here.
-        if (overlaps or self._in_thread) and parts[0].values.is_cpu:
+        if parts[0].values.is_cuda:
+            return (
+                _StreamTransfer(self.stream(parts[0].values.device), pieces, name)
+                if overlaps
+                else _LargeTransfer(pieces, name)
+            )
+        if overlaps or self._in_thread:
             return _ThreadTransfer(self, pieces, name)
         return _LargeTransfer(pieces, name)
 
@@ -88,6 +94,12 @@ class Exchange:
         """End the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Where transfers run beside what the caller computes meanwhile, on a GPU."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
     def submit(self, pieces: Sequence[_Piece], name: str) -> Future:
         """Run the pieces behind the caller's back, after all that were submitted before."""
@@ -169,6 +181,19 @@ class _ThreadTransfer(Transfer):
             self._future.result()
         finally:
             self._exchange.settle()
+
+
+class _StreamTransfer(Transfer):
+    # On a GPU a stream beside the caller's does what the thread does on a CPU: encodes, waits for messages, decodes.
+    def __init__(self, stream: torch.cuda.Stream, pieces: Sequence[_Piece], name: str) -> None:
+        self._stream = stream
+        self._pieces = pieces  # what they read and write stays theirs until the caller's stream has waited
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            _run(pieces, name)
+
+    def finish(self) -> None:
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 class _Piece(ABC):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -105,6 +105,21 @@ class Traffic:
     def snapshot(self) -> dict[str, tuple[int, int]]:
         """By site: (collectives, payload bytes) since the last reset."""
         return {name: (count, self._payload_bytes[name]) for name, count in self._collectives.items()}
+
+    def since(self, before: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """What was handed over since a snapshot, as a snapshot."""
+        counts = {}
+        for name, (collectives, payload_bytes) in self.snapshot().items():
+            earlier, earlier_bytes = before.get(name, (0, 0))
+            if collectives > earlier:
+                counts[name] = collectives - earlier, payload_bytes - earlier_bytes
+        return counts
+
+    def add(self, counts: Mapping[str, tuple[int, int]], times: int = 1) -> None:
+        """Count what a snapshot holds so many times more: captured collectives are handed over without Python."""
+        for name, (collectives, payload_bytes) in counts.items():
+            self._collectives[name] += times * collectives
+            self._payload_bytes[name] += times * payload_bytes
 
     @property
     def collectives(self) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_ssm.collectives import Reduction
 from megatron_ssm.config import AttentionConfig
+from megatron_ssm.device_copies import on_host
 from megatron_ssm.layout import ParameterLayout
 from megatron_ssm.linear import ColumnParallelLinear, LowRank, RowParallelLinear
 from megatron_ssm.mixers.rotary import Rotary
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         if cu_seqlens is None:
             attended = self._rows(q, k, v, state)
         else:
-            ends = cu_seqlens.tolist()
+            ends = on_host(cu_seqlens).tolist()
             attended = torch.cat(
                 [
                     self._rows(q[:, a:b], k[:, a:b], v[:, a:b], None if state is None else state.of(number))
@@ -139,7 +140,7 @@ def _past(rows: int, state: LayerState | None) -> torch.Tensor:
     """[B] int64 on the CPU, how many tokens each sequence has behind it."""
     if state is None:
         return torch.zeros(rows, dtype=torch.int64, device="cpu")
-    return state.positions[:rows] if state.indices is None else state.positions[state.indices.cpu()]
+    return state.positions[:rows] if state.indices is None else state.positions[on_host(state.indices)]
 
 
 def _mask(positions: torch.Tensor, total: int, device: torch.device) -> tuple[torch.Tensor | None, bool]:

@@ -1,0 +1,478 @@
+"""Chunks of the Mamba-2 scan (Dao and Gu 2024, section 6): what its forward and its backward share.
+
+A sequence is cut into chunks of Q tokens, each sequence by itself, so that a chunk never holds tokens of two. Within a
+chunk the scan is a product of matrices; between chunks it is a recurrence over states [P, N], one step a chunk:
+
+    c_t = sum of A dt'_i over i = first .. t of the chunk                            `chunk_decays`
+    S   = sum over t of exp(c_last - c_t) dt'_t x_t ⊗ B_t, the state from zero       `chunk_states`
+    h_next = exp(c_last) h + S, over the chunks of a sequence                        `pass_states`
+
+Layout. Chunks have slots, and how many slots there are is known without looking at `cu_seqlens`, which may lie on the
+GPU: B ⌈L/Q⌉, chunk c of batch row b at slot b ⌈L/Q⌉ + c; or, packed, ⌊L/Q⌋ + S, chunk c of sequence s at slot
+⌊start_s/Q⌋ + s + c. That leaves some slots empty: their `count` is 0, programs there return at once, and nothing else
+than `table`, `steps` and `decays` is written there. Tokens of a slot beyond `count` have step 0 and no decay, so that
+the last entry of `decays` is c_last of every chunk, the shorter ones included.
+
+Accuracy. c_t may be large (tokens that forget everything) next to differences c_t - c_s that are not, so it is summed in
+fp64 and kept as two fp32 numbers, the second being what the first rounded away: (high_t - high_s) + (low_t - low_s) has
+no cancellation. It is in units of log 2, for exp2. A token never decays by more than 2^-1000, which is 0, so that no
+infinity can meet another. Tensor cores take products of 16-bit numbers: `exact_dot`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_kernels.triton.launching import device_of
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LONGEST_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a call.
+
+    Attributes:
+        size: Q, a power of two from 16 to 128.
+        slots: number of slots.
+        sequences: S.
+        rows: batch rows of the tensors, 1 where packed.
+        length: L.
+        starts: `cu_seqlens` on the device of x, or None.
+        table: [slots, 4] int32: batch row, first token in it, count of tokens (0: empty slot), sequence.
+        steps: [slots, H, Q] fp32: dt' = clamp(softplus(dt + dt_bias)), 0 beyond `count`.
+        decays: [2, slots, H, Q] fp32: high and low part of c_t / log 2.
+    """
+
+    size: int
+    slots: int
+    sequences: int
+    rows: int
+    length: int
+    starts: Tensor | None
+    table: Tensor
+    steps: Tensor
+    decays: Tensor
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) with a small relative error everywhere, for x near -20 too: the step size is a factor.
+
+    log(1 + u) is 2 artanh(u / (2 + u)), whose argument is at most 1/3; its series has an error below 1e-8 there.
+    """
+    u = tl.exp2(-tl.abs(x) * LOG2E)
+    z = u / (2.0 + u)
+    square = z * z
+    series = 1.0 / 17.0 + square * (1.0 / 19.0)
+    series = 1.0 / 15.0 + square * series
+    series = 1.0 / 13.0 + square * series
+    series = 1.0 / 11.0 + square * series
+    series = 1.0 / 9.0 + square * series
+    series = 1.0 / 7.0 + square * series
+    series = 1.0 / 5.0 + square * series
+    series = 1.0 / 3.0 + square * series
+    logarithm = 2.0 * (z + z * square * series)
+    return tl.where(x > 0.0, x, 0.0) + tl.where(x != x, x, logarithm)
+
+
+@triton.jit
+def step_size(dt, dt_bias, low, high, SOFTPLUS: tl.constexpr):
+    """dt' of fp32 numbers; NaN stays NaN, as with torch.clamp."""
+    value = dt + dt_bias
+    if SOFTPLUS:
+        value = softplus(value)
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
+
+
+@triton.jit
+def exact_dot(left, right, total):
+    """total + left @ right, as exact as fp32 sums of fp32 products are, whatever the dtypes of the operands.
+
+    Tensor cores multiply 16-bit numbers exactly and sum in fp32. An fp32 operand beside a bf16 one becomes two bf16
+    numbers, high and what high rounded away, that have 16 bits together: an error of 2^-18. Beside fp16, which has more
+    bits than bf16 and a narrower range, both operands do so. Two fp32 operands become tf32 parts, likewise.
+    """
+    if left.dtype == right.dtype and left.dtype != tl.float32:
+        return tl.dot(left, right, total)
+    elif left.dtype == tl.float32 and right.dtype == tl.bfloat16:
+        high = left.to(tl.bfloat16)
+        total = tl.dot((left - high.to(tl.float32)).to(tl.bfloat16), right, total)
+        return tl.dot(high, right, total)
+    elif left.dtype == tl.bfloat16 and right.dtype == tl.float32:
+        high = right.to(tl.bfloat16)
+        total = tl.dot(left, (right - high.to(tl.float32)).to(tl.bfloat16), total)
+        return tl.dot(left, high, total)
+    elif left.dtype == tl.float16 or right.dtype == tl.float16:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+        left_high = left.to(tl.bfloat16)
+        right_high = right.to(tl.bfloat16)
+        total = tl.dot((left - left_high.to(tl.float32)).to(tl.bfloat16), right_high, total)
+        total = tl.dot(left_high, (right - right_high.to(tl.float32)).to(tl.bfloat16), total)
+        return tl.dot(left_high, right_high, total)
+    else:
+        return tl.dot(left, right, total, input_precision="tf32x3")
+
+
+@triton.jit
+def load_start(starts, sequence, length):
+    """cu_seqlens[sequence], kept within the tokens that there are."""
+    return tl.minimum(tl.maximum(tl.load(starts + sequence), 0), length).to(tl.int32)
+
+
+@triton.jit
+def _decays(
+    dt,
+    A,
+    dt_bias,
+    starts,
+    table,
+    steps,
+    decays,
+    slots,
+    sequences,
+    length,
+    heads,
+    low,
+    high,
+    dt_row_stride,
+    dt_token_stride,
+    dt_head_stride,
+    SOFTPLUS: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    if starts is None:
+        chunks = (length + Q - 1) // Q
+        sequence = slot // chunks
+        row = sequence
+        first = (slot - sequence * chunks) * Q
+        end = length
+    else:
+        # The last sequence whose slots begin at this one or before.
+        sequence = 0
+        beyond = sequences
+        while beyond - sequence > 1:
+            middle = (sequence + beyond) // 2
+            before = load_start(starts, middle, length) // Q + middle <= slot
+            sequence = tl.where(before, middle, sequence)
+            beyond = tl.where(before, beyond, middle)
+        row = 0
+        start = load_start(starts, sequence, length)
+        first = start + (slot - start // Q - sequence) * Q
+        end = load_start(starts, sequence + 1, length)
+    count = tl.minimum(tl.maximum(end - first, 0), Q)
+    if tl.program_id(1) == 0:
+        tl.store(table + slot * 4, row)
+        tl.store(table + slot * 4 + 1, first)
+        tl.store(table + slot * 4 + 2, count)
+        tl.store(table + slot * 4 + 3, sequence)
+
+    token = tl.arange(0, Q)[:, None]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    there = head < heads
+    place = row.to(tl.int64) * dt_row_stride + (first + token).to(tl.int64) * dt_token_stride + head * dt_head_stride
+    value = tl.load(dt + place, mask=(token < count) & there, other=0.0).to(tl.float32)
+    bias = 0.0
+    if dt_bias is not None:
+        bias = tl.load(dt_bias + head, mask=there, other=0.0).to(tl.float32)
+    value = step_size(value, bias, low, high, SOFTPLUS)
+    value = tl.where(token < count, value, 0.0)
+    decay = tl.load(A + head, mask=there, other=0.0).to(tl.float64) * LOG2E * value.to(tl.float64)
+    total = tl.cumsum(tl.where(decay < -1000.0, -1000.0, decay), axis=0)
+    rounded = total.to(tl.float32)
+    place = (slot.to(tl.int64) * heads + head) * Q + token
+    tl.store(steps + place, value, mask=there)
+    tl.store(decays + place, rounded, mask=there)
+    tl.store(
+        decays + slots.to(tl.int64) * heads * Q + place, (total - rounded.to(tl.float64)).to(tl.float32), mask=there
+    )
+
+
+def chunk_decays(
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    cu_seqlens: Tensor | None,
+) -> Chunks:
+    """Cut dt [B, L, H] into chunks: step sizes and sums of decays. B L H and the number of sequences are not 0."""
+    rows, length, heads = dt.shape
+    size = chunk_size(length)
+    starts = None if cu_seqlens is None else cu_seqlens.to(dt.device).contiguous()
+    sequences = rows if starts is None else starts.shape[0] - 1
+    slots = rows * triton.cdiv(length, size) if starts is None else length // size + sequences
+    table = torch.empty(slots, 4, dtype=torch.int32, device=dt.device)
+    steps = torch.empty(slots, heads, size, dtype=torch.float32, device=dt.device)
+    decays = torch.empty(2, slots, heads, size, dtype=torch.float32, device=dt.device)
+    block = min(16, triton.next_power_of_2(heads))
+    with device_of(dt):
+        _decays[(slots, triton.cdiv(heads, block))](
+            dt,
+            A.contiguous(),
+            None if dt_bias is None else dt_bias.contiguous(),
+            starts,
+            table,
+            steps,
+            decays,
+            slots,
+            sequences,
+            length,
+            heads,
+            *map(float, dt_limit),
+            *dt.stride(),
+            SOFTPLUS=dt_softplus,
+            Q=size,
+            BLOCK_H=block,
+        )
+    return Chunks(size, slots, sequences, rows, length, starts, table, steps, decays)
+
+
+def chunk_size(length: int) -> int:
+    """Q for L tokens: the longer, the fewer states are written and read again; the shorter, the fewer products."""
+    return min(LONGEST_CHUNK, max(16, triton.next_power_of_2(length)))
+
+
+@triton.jit
+def _states(
+    x,
+    B,
+    table,
+    steps,
+    decays,
+    states,
+    slots,
+    heads,
+    heads_of_group,
+    width,
+    state_size,
+    x_row_stride,
+    x_token_stride,
+    x_head_stride,
+    B_row_stride,
+    B_token_stride,
+    B_group_stride,
+    Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    slot = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    count = tl.load(table + slot * 4 + 2)
+    if count == 0:
+        return
+    row = tl.load(table + slot * 4).to(tl.int64)
+    first = tl.load(table + slot * 4 + 1).to(tl.int64)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += row * x_row_stride + first * x_token_stride + head.to(tl.int64) * x_head_stride
+    B += row * B_row_stride + first * B_token_stride + (head // heads_of_group).to(tl.int64) * B_group_stride
+    place = (slot * heads + head) * Q
+    low_part = slots.to(tl.int64) * heads * Q
+    last_high = tl.load(decays + place + Q - 1)
+    last_low = tl.load(decays + low_part + place + Q - 1)
+
+    total = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+    for begin in range(0, count, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T)
+        high = tl.load(decays + place + t)
+        low = tl.load(decays + low_part + place + t)
+        weight = tl.exp2((last_high - high) + (last_low - low)) * tl.load(steps + place + t)
+        there = t < count
+        x_tile = tl.load(
+            x + p[:, None] + t[None, :].to(tl.int64) * x_token_stride,
+            mask=(p < width)[:, None] & there[None, :],
+            other=0.0,
+        )
+        B_tile = tl.load(
+            B + n[None, :] + t[:, None].to(tl.int64) * B_token_stride,
+            mask=(n < state_size)[None, :] & there[:, None],
+            other=0.0,
+        )
+        total = exact_dot(x_tile.to(tl.float32) * weight[None, :], B_tile, total)
+    states += (slot * heads + head) * width * state_size
+    tl.store(
+        states + p[:, None] * state_size + n[None, :],
+        total,
+        mask=(p < width)[:, None] & (n < state_size)[None, :],
+    )
+
+
+def chunk_states(x: Tensor, B: Tensor, chunks: Chunks) -> Tensor:
+    """The state that each chunk comes to from zero.
+
+    Args:
+        x: [B, L, H, P], last stride 1.
+        B: [B, L, G, N], last stride 1.
+
+    Returns:
+        [slots, H, P, N] fp32; empty slots are not written.
+    """
+    heads, width = x.shape[2:]
+    groups, state_size = B.shape[2:]
+    states = torch.empty(chunks.slots, heads, width, state_size, dtype=torch.float32, device=x.device)
+    block_p, block_n = min(64, tile(width)), min(128, tile(state_size))
+    grid = (chunks.slots * heads, triton.cdiv(width, block_p), triton.cdiv(state_size, block_n))
+    with device_of(x):
+        _states[grid](
+            x,
+            B,
+            chunks.table,
+            chunks.steps,
+            chunks.decays,
+            states,
+            chunks.slots,
+            heads,
+            heads // groups,
+            width,
+            state_size,
+            *x.stride()[:3],
+            *B.stride()[:3],
+            Q=chunks.size,
+            BLOCK_T=min(chunks.size, 64),
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return states
+
+
+def tile(size: int) -> int:
+    """The power of two that holds `size`, at least the 16 that tensor cores multiply."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.jit
+def load_slot(indices, sequence, pool_slots):
+    """The pool's slot of a sequence, and whether it is one; those outside of the pool pad a batch."""
+    slot = sequence.to(tl.int64)
+    if indices is not None:
+        slot = tl.load(indices + sequence).to(tl.int64)
+    return slot, (slot >= 0) & (slot < pool_slots)
+
+
+@triton.jit
+def _pass(
+    states,
+    decays,
+    starts,
+    initial,
+    final,
+    indices,
+    slots,
+    length,
+    heads,
+    width,
+    state_size,
+    pool_slots,
+    initial_slot_stride,
+    initial_head_stride,
+    initial_row_stride,
+    final_slot_stride,
+    final_head_stride,
+    final_row_stride,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    sequence = tl.program_id(0) // heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    if starts is None:
+        count = (length + Q - 1) // Q
+        chunk = sequence.to(tl.int64) * count
+    else:
+        start = load_start(starts, sequence, length)
+        count = (load_start(starts, sequence + 1, length) - start + Q - 1) // Q
+        chunk = (start // Q + sequence).to(tl.int64)
+    p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    there = (p < width) & (n < state_size)
+    slot, in_pool = load_slot(indices, sequence, pool_slots)
+    p = p.to(tl.int64)
+    if final is not None:
+        final += slot * final_slot_stride + head * final_head_stride + p * final_row_stride + n
+    state = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
+    if initial is not None:
+        initial += slot * initial_slot_stride + head * initial_head_stride + p * initial_row_stride + n
+        given = tl.load(initial, mask=there & in_pool, other=0.0)
+        state = given.to(tl.float32)
+        if final is not None:
+            if count <= 0:  # every bit stays
+                tl.store(final, given, mask=there & in_pool)
+
+    # The next chunk is on its way while this one is added.
+    stride = heads.to(tl.int64) * width * state_size
+    states += chunk * stride + head * width * state_size + p * state_size + n
+    decays += (chunk * heads + head) * Q + Q - 1
+    low_part = slots.to(tl.int64) * heads * Q
+    some = count > 0
+    added = tl.load(states, mask=there & some, other=0.0)
+    decay = tl.load(decays, mask=some, other=0.0) + tl.load(decays + low_part, mask=some, other=0.0)
+    for done in range(0, count):
+        more = done + 1 < count
+        next_added = tl.load(states + stride, mask=there & more, other=0.0)
+        decays += heads * Q
+        next_decay = tl.load(decays, mask=more, other=0.0) + tl.load(decays + low_part, mask=more, other=0.0)
+        tl.store(states, state, mask=there)
+        state = tl.exp2(decay) * state + added
+        states += stride
+        added = next_added
+        decay = next_decay
+    if final is not None:
+        write = there & in_pool
+        if initial is not None:
+            write = write & some
+        tl.store(final, state.to(final.dtype.element_ty), mask=write)
+
+
+def pass_states(
+    states: Tensor | None,
+    chunks: Chunks,
+    initial: Tensor | None,
+    final: Tensor | None,
+    state_indices: Tensor | None = None,
+) -> None:
+    """Run over the chunks of each sequence, from `initial` (zeros if None) to `final` (not written if None).
+
+    Args:
+        states: [slots, H, P, N] fp32 of `chunk_states`; rewritten: the state before each chunk.
+        initial, final: [S, H, P, N] fp32 or bf16, or with `state_indices` [S] pools; last stride 1. May be one tensor.
+    """
+    heads, width, state_size = states.shape[1:]
+    pool = initial if final is None else final
+    pool_slots = chunks.sequences if pool is None else pool.shape[0]
+    block_n = tile(state_size)
+    block_p = min(triton.next_power_of_2(width), max(1, 1024 // block_n))
+    none = (0, 0, 0)
+    with device_of(states):
+        _pass[(chunks.sequences * heads, triton.cdiv(width, block_p))](
+            states,
+            chunks.decays,
+            chunks.starts,
+            initial,
+            final,
+            state_indices,
+            chunks.slots,
+            chunks.length,
+            heads,
+            width,
+            state_size,
+            pool_slots,
+            *(none if initial is None else initial.stride()[:3]),
+            *(none if final is None else final.stride()[:3]),
+            Q=chunks.size,
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
