@@ -82,8 +82,8 @@ class Mamba2Mixer(Recurrent):
             return packed
         known = self._multipliers
         if known is None or known.device != packed.device:
-            values = torch.tensor(self.config.input_multipliers, dtype=packed.dtype, device=packed.device)
-            sizes = torch.tensor(self._sizes, device=packed.device)
+            values = torch.tensor(self.config.input_multipliers, dtype=packed.dtype, device="cpu")
             with torch.inference_mode(False):
-                self._multipliers = known = values.repeat_interleave(sizes)
+                known = values.repeat_interleave(torch.tensor(self._sizes, device="cpu"))
+                self._multipliers = known = known.to(packed.device)
         return packed * known

@@ -13,10 +13,10 @@ GPU: B ⌈L/Q⌉, chunk c of batch row b at slot b ⌈L/Q⌉ + c; or, packed, �
 than `table`, `steps` and `decays` is written there. Tokens of a slot beyond `count` have step 0 and no decay, so that
 the last entry of `decays` is c_last of every chunk, the shorter ones included.
 
-Accuracy. c_t may be large (tokens that forget everything) next to differences c_t - c_s that are not, so it is summed in
-fp64 and kept as two fp32 numbers, the second being what the first rounded away: (high_t - high_s) + (low_t - low_s) has
-no cancellation. It is in units of log 2, for exp2. A token never decays by more than 2^-1000, which is 0, so that no
-infinity can meet another. Tensor cores take products of 16-bit numbers: `exact_dot`.
+Accuracy. c_t may be large (tokens that forget everything) next to differences c_t - c_s that are not, so it is summed
+in fp64 and kept as two fp32 numbers, the second being what the first rounded away: (high_t - high_s) + (low_t - low_s)
+has no cancellation. It is in units of log 2, for exp2. A token never decays by more than 2^-1000, which is 0: no
+infinity can meet another. Tensor cores multiply 16-bit numbers, most operands here are fp32: see `exact_dot`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def softplus(x):
     series = 1.0 / 5.0 + square * series
     series = 1.0 / 3.0 + square * series
     logarithm = 2.0 * (z + z * square * series)
-    return tl.where(x > 0.0, x, 0.0) + tl.where(x != x, x, logarithm)
+    return tl.where(x > 0.0, x, 0.0) + logarithm
 
 
 @triton.jit
@@ -322,7 +322,9 @@ def chunk_states(x: Tensor, B: Tensor, chunks: Chunks) -> Tensor:
     heads, width = x.shape[2:]
     groups, state_size = B.shape[2:]
     states = torch.empty(chunks.slots, heads, width, state_size, dtype=torch.float32, device=x.device)
-    block_p, block_n = min(64, tile(width)), min(128, tile(state_size))
+    import os
+    bp,bn,nw,ns=eval(os.environ.get('SB','(64,128,4,2)'))
+    block_p, block_n = min(bp, tile(width)), min(bn, tile(state_size))
     grid = (chunks.slots * heads, triton.cdiv(width, block_p), triton.cdiv(state_size, block_n))
     with device_of(x):
         _states[grid](
@@ -343,7 +345,7 @@ def chunk_states(x: Tensor, B: Tensor, chunks: Chunks) -> Tensor:
             BLOCK_T=min(chunks.size, 64),
             BLOCK_P=block_p,
             BLOCK_N=block_n,
-            num_warps=4,
+            num_warps=nw,num_stages=ns,
         )
     return states
 
@@ -354,12 +356,12 @@ def tile(size: int) -> int:
 
 
 @triton.jit
-def load_slot(indices, sequence, pool_slots):
-    """The pool's slot of a sequence, and whether it is one; those outside of the pool pad a batch."""
+def load_slot(indices, sequence, pool_slots, width):
+    """The pool's slot of a sequence, and how many rows it has there: `width`, or none outside of the pool (padding)."""
     slot = sequence.to(tl.int64)
     if indices is not None:
         slot = tl.load(indices + sequence).to(tl.int64)
-    return slot, (slot >= 0) & (slot < pool_slots)
+    return slot, tl.where((slot >= 0) & (slot < pool_slots), width, 0)
 
 
 @triton.jit
@@ -397,43 +399,39 @@ def _pass(
         chunk = (start // Q + sequence).to(tl.int64)
     p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
-    there = (p < width) & (n < state_size)
-    slot, in_pool = load_slot(indices, sequence, pool_slots)
-    p = p.to(tl.int64)
-    if final is not None:
-        final += slot * final_slot_stride + head * final_head_stride + p * final_row_stride + n
+    inside = n < state_size
+    slot, pool_width = load_slot(indices, sequence, pool_slots, width)
+    states += (chunk * heads + head) * width * state_size + p.to(tl.int64) * state_size + n
+    decays += (chunk * heads + head) * Q + Q - 1
+    stride = heads.to(tl.int64) * width * state_size
+    low_part = slots.to(tl.int64) * heads * Q
     state = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     if initial is not None:
-        initial += slot * initial_slot_stride + head * initial_head_stride + p * initial_row_stride + n
-        given = tl.load(initial, mask=there & in_pool, other=0.0)
+        initial += slot * initial_slot_stride + head * initial_head_stride + p.to(tl.int64) * initial_row_stride + n
+        given = tl.load(initial, mask=(p < pool_width) & inside, other=0.0)
         state = given.to(tl.float32)
-        if final is not None:
-            if count <= 0:  # every bit stays
-                tl.store(final, given, mask=there & in_pool)
+    if final is not None:
+        final += slot * final_slot_stride + head * final_head_stride + p.to(tl.int64) * final_row_stride + n
+        if initial is not None:  # without tokens every bit stays
+            tl.store(final, given, mask=(p < tl.where(count > 0, 0, pool_width)) & inside)
+            pool_width = tl.where(count > 0, pool_width, 0)
 
     # The next chunk is on its way while this one is added.
-    stride = heads.to(tl.int64) * width * state_size
-    states += chunk * stride + head * width * state_size + p * state_size + n
-    decays += (chunk * heads + head) * Q + Q - 1
-    low_part = slots.to(tl.int64) * heads * Q
-    some = count > 0
-    added = tl.load(states, mask=there & some, other=0.0)
-    decay = tl.load(decays, mask=some, other=0.0) + tl.load(decays + low_part, mask=some, other=0.0)
+    rows = tl.where(count > 0, width, 0)
+    added = tl.load(states, mask=(p < rows) & inside, other=0.0)
+    decay = tl.load(decays, mask=count > 0, other=0.0) + tl.load(decays + low_part, mask=count > 0, other=0.0)
     for done in range(0, count):
         more = done + 1 < count
-        next_added = tl.load(states + stride, mask=there & more, other=0.0)
         decays += heads * Q
+        next_added = tl.load(states + stride, mask=(p < tl.where(more, width, 0)) & inside, other=0.0)
         next_decay = tl.load(decays, mask=more, other=0.0) + tl.load(decays + low_part, mask=more, other=0.0)
-        tl.store(states, state, mask=there)
+        tl.store(states, state, mask=(p < width) & inside)
         state = tl.exp2(decay) * state + added
         states += stride
         added = next_added
         decay = next_decay
     if final is not None:
-        write = there & in_pool
-        if initial is not None:
-            write = write & some
-        tl.store(final, state.to(final.dtype.element_ty), mask=write)
+        tl.store(final, state.to(final.dtype.element_ty), mask=(p < pool_width) & inside)
 
 
 def pass_states(
