@@ -6,6 +6,8 @@ it. A graph launches them all at once, reductions over the ranks included. It is
     buffers   ids and slots lie in tensors of its own, into which each step copies; its logits too
     buckets   it is captured for a few numbers of rows, and smaller batches are filled up with rows of no slot: kernels
               read no state for them and write none
+    room      attention reads all the room that there is for keys, and masks what is not theirs yet; it knows no rows
+              of no slot, so that models that have some are captured for each number of rows by itself
 
 Graphs belong to the pool of states that they were captured on, and are dropped with it, and captured anew where the
 circumstances are others, as in `recorded_decode`.
@@ -23,11 +25,10 @@ import torch
 from torch import Tensor
 
 from deepspeed_inference.model_memory import ModelMemory
-from deepspeed_inference.state.context import SSMInferenceContext
 from deepspeed_inference.state.selection import Sequences
 from megatron_ssm.collectives import Traffic
 from megatron_ssm.device_copies import send
-from megatron_ssm.state import NO_SLOT, LayerState
+from megatron_ssm.state import NO_SLOT, LayerState, StepRows
 
 # Few rows cost what their weights cost to read, so their number matters little; a graph of each would take memory.
 BUCKETS = (1, 2, 4, *range(8, 65, 8), *range(80, 257, 16))
@@ -82,20 +83,20 @@ class CapturedDecode:
 
     def run(self, ids: Tensor, context: Sequences) -> Tensor:
         """What `step` returns for [B, 1] ids, in memory of its own."""
-        bucket = bucket_of(context.batch_size)
-        if self.refusal is None and bucket is not None and not context.grows:  # keys and values move as they grow
-            captured = self._captured(bucket, context.pool)
-            if captured is not None:
-                return captured.play(ids, context.slots)
-        return self._step(ids, context)
+        captured = None if self.refusal else self._captured(context)
+        return self._step(ids, context) if captured is None else captured.play(ids, context)
 
-    def _captured(self, bucket: int, pool: SSMInferenceContext) -> _Captured | None:
-        name, now = ("graph", bucket), self._memory.circumstances()
+    def _captured(self, context: Sequences) -> _Captured | None:
+        rows = context.batch_size if context.grows else bucket_of(context.batch_size)
+        if rows is None or rows > BUCKETS[-1]:
+            return None
+        pool, now = context.pool, self._memory.circumstances()
+        name = ("graph", rows, context.grows and context.indices is None)
         known = pool.recordings.get(name)
         if known is None or known.made_under != now:
             pool.recordings.pop(name, None)
             try:
-                pool.recordings[name] = _Captured(bucket, pool, self._step, self._graphs, now)
+                pool.recordings[name] = _Captured(rows, context, self._step, self._graphs, now)
             except CaptureError as error:
                 self.refusal = str(error)
                 warnings.warn(f"decode steps run without a CUDA graph: {error}", RuntimeWarning, stacklevel=4)
@@ -103,23 +104,34 @@ class CapturedDecode:
 
 
 class _Captured:
-    """A step of so many rows on one pool of states."""
+    """A step of so many rows on one pool of states, made for the rows of a context."""
 
-    def __init__(self, bucket: int, pool: SSMInferenceContext, step: Step, graph: Graphs, made_under: tuple):
+    def __init__(self, rows: int, context: Sequences, step: Step, graphs: Graphs, made_under: tuple):
         self.made_under = made_under
-        self._ids = torch.zeros((bucket, 1), dtype=torch.int64, device=pool.device)
-        self._slots = torch.full((bucket,), NO_SLOT, dtype=torch.int64, device=pool.device)
-        self._rows: Tensor | None = None  # whose slots are in there now
-        states = _States([pool.layer(index) for index in range(pool.layer_count)], self._slots)
-        self._graph = graph(lambda: step(self._ids, states))
+        pool, device = context.pool, context.pool.device
+        self._ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        # Where recurrences find their states: nowhere at first, so that making the graph changes none.
+        self._slots = torch.full((rows,), NO_SLOT, dtype=torch.int64, device=device)
+        self._in_slots: Tensor | None = None  # the slots that are in there now
+        self._attention: StepRows | None = None
+        if context.grows:
+            # What making the graph writes for a next token is overwritten by the step itself.
+            slots = None if context.indices is None else context.indices.clone()
+            self._attention = StepRows(send(context.positions, device).clone(), slots)
+        states = _States([pool.layer(index) for index in range(pool.layer_count)], self._slots, self._attention)
+        self._graph = graphs(lambda: step(self._ids, states))
 
-    def play(self, ids: Tensor, slots: Tensor) -> Tensor:
-        rows = slots.numel()
+    def play(self, ids: Tensor, context: Sequences) -> Tensor:
+        rows, slots = context.batch_size, context.slots
         self._ids[:rows].copy_(ids)
-        if self._rows is None or not torch.equal(self._rows, slots):
+        if self._attention is not None:
+            self._attention.positions.copy_(send(context.positions, self._ids.device))
+        if self._in_slots is None or not torch.equal(self._in_slots, slots):
             padding = slots.new_full((self._slots.numel() - rows,), NO_SLOT)
             self._slots.copy_(send(torch.cat([slots, padding]), self._slots.device))
-            self._rows = slots.clone()
+            if self._attention is not None and self._attention.slots is not None:
+                self._attention.slots.copy_(self._slots)
+            self._in_slots = slots.clone()
         self._graph.replay()
         return self._graph.result[:rows].clone()
 
@@ -130,9 +142,10 @@ class _States:
 
     layers: list[LayerState]
     slots: Tensor
+    attention: StepRows | None
 
     def layer(self, index: int) -> LayerState:
-        return replace(self.layers[index], indices=self.slots)
+        return replace(self.layers[index], indices=self.slots, step_rows=self.attention)
 
 
 class CudaGraph:

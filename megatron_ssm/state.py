@@ -23,6 +23,19 @@ def _first_slots(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(count, device=device)
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """Where the rows of a decode step are, in tensors on the device: for a step that is captured with them.
+
+    Args:
+        positions: [B] int64, how many tokens each row has seen.
+        slots: [B] int64, its slot; None where row i has slot i of a pool of B.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor | None = None
+
+
 @dataclass
 class LayerState:
     """The state of one layer on this rank. What the layer has no part for is None.
@@ -35,6 +48,7 @@ class LayerState:
             first `positions` tokens count, and there must be room for what comes next.
         positions: [slots] int64 on the CPU, how many tokens each slot has seen; the context moves them on.
         indices: [sequences] int64, the slot of each sequence, or NO_SLOT; None where sequence i has slot i.
+        step_rows: what attention goes by instead of `positions` and `indices`, in a step that is captured.
     """
 
     conv: torch.Tensor | None = None
@@ -43,6 +57,7 @@ class LayerState:
     values: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     indices: torch.Tensor | None = None
+    step_rows: StepRows | None = None
 
     def slots(self, sequences: int) -> torch.Tensor:
         """[sequences] int64, each sequence's slot."""

@@ -74,7 +74,7 @@ class SSMInferenceContext(Cache):
 
     Attributes:
         recordings: decode steps recorded on this memory, by whoever decodes; none any more once the memory moves. That
-            of all rows is `recorded`; those of selections have their sizes as keys, and graphs `("graph", rows)`.
+            of all rows is `recorded`; those of selections have their sizes as keys, and graphs are `("graph", …)`.
         device: where it lies.
     """
 

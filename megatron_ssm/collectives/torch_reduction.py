@@ -57,6 +57,9 @@ class LocalReduction(Reduction):
 class TorchReduction(Reduction):
     """Reductions by torch.distributed. Sums are made in the tensor's own dtype, in the backend's order.
 
+    NCCL sums on a stream of its own: what the caller's stream is given between start() and wait() runs beside the sum,
+    also where both are captured in a CUDA graph.
+
     Args:
         group: the tensor-parallel process group; its own time-out holds.
         reason: why this implementation was chosen.

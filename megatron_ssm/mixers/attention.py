@@ -78,7 +78,9 @@ class Attention(nn.Module):
         q, k, v = (self._project(name, hidden, adapter) for name in "qkv")  # [B, L, heads, P]
         if self.config.key_multiplier != 1.0:
             k = k * self.config.key_multiplier
-        if cu_seqlens is None:
+        if state is not None and state.step_rows is not None:
+            attended = self._captured_step(q, k, v, state)
+        elif cu_seqlens is None:
             attended = self._rows(q, k, v, state)
         else:
             ends = on_host(cu_seqlens).tolist()
@@ -109,6 +111,23 @@ class Attention(nn.Module):
             k, v = self._remembered(k, v, state, positions)
         mask, is_causal = _mask(positions, k.shape[1], q.device)
         return _attend(q, k, v, mask, is_causal, self.config.scale)
+
+    def _captured_step(self, q, k, v, state: LayerState) -> torch.Tensor:
+        """[B, 1, heads, P] of one more token of each row, as a graph can hold it: the host knows no positions.
+
+        All the room that there is for keys is read, and what is not theirs yet is masked.
+        """
+        rows, room = state.step_rows, state.keys.shape[2]
+        if self.rotary is not None:
+            q, k = self.rotary.turn_step(rows.positions, room, q, k)
+        slots = torch.arange(len(q), device=q.device) if rows.slots is None else rows.slots
+        remembered = []
+        for new, pool in ((k, state.keys), (v, state.values)):
+            pool[slots, :, rows.positions] = new.squeeze(1).to(pool.dtype)
+            own = pool if rows.slots is None else pool.index_select(0, slots)
+            remembered.append(own.transpose(1, 2))
+        mask = torch.arange(room, device=q.device) <= rows.positions.unsqueeze(1)
+        return _attend(q, *remembered, mask[:, None, None], False, self.config.scale)
 
     def _remembered(self, k, v, state: LayerState, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what is new; the keys and values of all tokens so far, [B, longest, heads, P]."""

@@ -26,7 +26,8 @@ from megatron_ssm.norm import RMSNorm
 from megatron_ssm.partial import Partial
 from megatron_ssm.state import LayerState
 
-# Up to here one product for x and z is faster than two, by more than a reduction behind the second can win.
+# Up to here one product for x and z is faster than two on a CPU, by more than a reduction behind the second can win. On
+# a GPU reductions run on a stream of their own, and take longer than the product of one token.
 FEW_TOKENS = 64
 
 
@@ -126,7 +127,7 @@ class Mamba1Mixer(Recurrent):
 
     def _hides(self, hidden: torch.Tensor) -> bool:
         """Whether a reduction can be hidden behind z's product."""
-        is_long = hidden.numel() > FEW_TOKENS * hidden.shape[-1]
+        is_long = not hidden.is_cpu or hidden.numel() > FEW_TOKENS * hidden.shape[-1]
         return is_long and self.reduction.size > 1 and not self.learns(hidden)
 
     def _selections(self, x) -> list[Selection]:

@@ -5,6 +5,8 @@ x_i, x_{i+F}  ─▶  x_i cos(p f_i) − x_{i+F} sin(p f_i),  x_{i+F} cos(p f_i)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_ssm.config import RotaryConfig
@@ -20,6 +22,7 @@ class Rotary:
     def __init__(self, config: RotaryConfig):
         self.config = config
         self._table: torch.Tensor | None = None  # [positions, 2, F] fp32: cosines and sines
+        self._on_device: dict[tuple, torch.Tensor] = {}  # by the number of positions, the device and the dtype
 
     def turn(self, positions: torch.Tensor, *several: torch.Tensor) -> list[torch.Tensor]:
         """Tensors [B, L, heads, P] turned.
@@ -28,8 +31,26 @@ class Rotary:
             positions: [B, L] int64 on the CPU.
             several: queries, keys.
         """
-        pairs = len(self.config.frequencies)
         table = self._rows(int(positions.max()) + 1)[positions].to(several[0].device, several[0].dtype)
+        return self._turned(table, several)
+
+    def turn_step(self, positions: torch.Tensor, room: int, *several: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors [B, 1, heads, P] turned, without the host knowing how far.
+
+        Args:
+            positions: [B] int64 on the device, below `room`.
+            room: for how many positions.
+            several: queries, keys.
+        """
+        key = len(self._rows(room)), several[0].device, several[0].dtype
+        if key not in self._on_device:  # none is dropped: a captured step reads it where it lies
+            with torch.inference_mode(False):
+                self._on_device[key] = self._rows(room).to(*key[1:])
+        return self._turned(self._on_device[key][positions].unsqueeze(1), several)
+
+    def _turned(self, table: torch.Tensor, several: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """By cosines and sines [B, L, 2, F]."""
+        pairs = len(self.config.frequencies)
         cosine, sine = table.unsqueeze(2).unbind(3)  # [B, L, 1, F]
         turned = []
         for heads in several:
