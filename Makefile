@@ -1,6 +1,6 @@
 # make infer   two ranks generate from the demo model     make test       the tests, and ruff
 # make bench   the numbers of README.md                    make test-all   the large grids too
-# make bench-hosts   those between emulated hosts, as root
+# make bench-hosts   those between emulated hosts, as root    make gpu-check   kernels and models on a GPU
 # make demo    train the demo model anew                   make wheel      build dist/*.whl
 # Each sets up .venv first, with the exact versions of constraints.txt; a second call starts at once.
 
@@ -14,7 +14,7 @@ export DS_BUILD_OPS := 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi > /dev/null 2>&1 && echo cuda || echo cpu)
 ARGS ?=
 
-.PHONY: infer test test-all lint bench bench-hosts demo wheel setup clean
+.PHONY: infer test test-all lint bench bench-hosts gpu-check demo wheel setup clean
 
 infer: $(READY)
 	@$(BIN)/deepspeed --quiet --num_gpus $(RANKS) infer.py $(ARGS)
@@ -42,6 +42,9 @@ bench-hosts: $(READY)
 	$(BIN)/python tools/bench_all_reduce.py --rounds 5
 	$(BIN)/python tools/bench_hosts.py --shapes 130M --prompt 1024 --rounds 4
 	$(BIN)/python tools/bench_hosts.py --shapes 370M --rounds 2 --decode-steps 4 --output benchmarks/hosts_370m.json
+
+gpu-check: $(READY)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 demo: $(READY)
 	$(BIN)/python tools/train_demo.py $(ARGS)

@@ -28,8 +28,9 @@ _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 @contextmanager
 def true_to_the_gpu() -> Iterator[None]:
-    """Let conversions round to nearest even, and scans and reductions combine whole rows."""
+    """Let conversions round to nearest even, booleans stay booleans, and scans and reductions combine whole rows."""
     with (
+        mock.patch.object(interpreter.InterpreterBuilder, "create_splat", _splat),
         mock.patch.object(interpreter, "_convert_float", _converted),
         mock.patch.object(interpreter.ScanOps, "generic_scan", _scan),
         mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduce),
@@ -43,6 +44,13 @@ def _converted(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mo
     numbers = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).view(_TORCH_DTYPES[source])
     bits = numbers.to(_TORCH_DTYPES[target]).view(torch.uint8).numpy()
     return bits.view(_UNSIGNED[target.primitive_bitwidth]).reshape(shape)
+
+
+def _splat(self, block_type, scalar):
+    # The interpreter's own makes integers of booleans, which it then refuses as a mask.
+    dtype = scalar.dtype.scalar
+    data = np.full(block_type.shape, scalar.data.item(), dtype=bool if dtype == tl.int1 else scalar.data.dtype)
+    return interpreter.TensorHandle(data, dtype)
 
 
 def _rows(self, inputs, axis: int):

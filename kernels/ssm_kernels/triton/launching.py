@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 from torch import Tensor
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -24,3 +25,10 @@ def as_rows(tensor: Tensor) -> Tensor:
 def unit_stride(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where its last dimension has stride 1, else a contiguous copy."""
     return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def tile_of_rows(rows: int, width: int) -> dict[str, int]:
+    """Sizes of a tile for kernels that hold whole rows in registers: 8 to 32 numbers a thread."""
+    columns = triton.next_power_of_2(width)
+    together = max(1, min(triton.next_power_of_2(rows), 2048 // columns))
+    return {"ROWS": together, "WIDTH": columns, "num_warps": max(1, min(16, together * columns // 512))}

@@ -29,6 +29,7 @@ from ssm_kernels.triton.ssd_chunks import (
     exact_dot,
     load_slot,
     pass_states,
+    product_dtype,
     step_size,
     tile,
 )
@@ -57,18 +58,19 @@ def forward(
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, B, C, initial = unit_stride(x), unit_stride(B), unit_stride(C), unit_stride(initial)
-    if x.dim() == 3:
+    if x.numel() == 0:
+        if final is not None and state_indices is None and final is not initial:
+            final.zero_() if initial is None else final.copy_(initial)
+    elif x.dim() == 3:
         _step(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, final, state_indices, out)
     elif x.shape[1] == 1 and cu_seqlens is None:
         timed = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
         _step(*timed, D, dt_bias, dt_softplus, dt_limit, initial, final, state_indices, out[:, 0])
-    elif x.shape[0] and x.shape[1]:
+    else:
         chunks = chunk_decays(dt, A, dt_bias, dt_softplus, dt_limit, cu_seqlens)
         states = chunk_states(x, B, chunks)
         pass_states(states, chunks, initial, final, state_indices)
         _outputs_of_chunks(x, B, C, D, chunks, states, out)
-    elif final is not None and state_indices is None:
-        final.zero_() if initial is None else final.copy_(initial)
     return out
 
 
@@ -104,9 +106,11 @@ def _outputs(
     BLOCK_N: tl.constexpr,
     N_BLOCKS: tl.constexpr,
 ):
-    slot = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    begin = tl.program_id(1) * BLOCK_T
+    # Programs beside each other share a state, then B and C: they find it in the L2 cache.
+    T_BLOCKS: tl.constexpr = Q // BLOCK_T
+    begin = tl.program_id(0) % T_BLOCKS * BLOCK_T
+    slot = (tl.program_id(0) // T_BLOCKS // heads).to(tl.int64)
+    head = (tl.program_id(0) // T_BLOCKS % heads).to(tl.int64)
     count = tl.load(table + slot * 4 + 2)
     if begin >= count:
         return
@@ -114,7 +118,7 @@ def _outputs(
     first = tl.load(table + slot * 4 + 1).to(tl.int64)
     token = tl.arange(0, BLOCK_T)
     t = begin + token
-    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     group = head // heads_of_group
     x += row * x_row_stride + first * x_token_stride + head * x_head_stride
@@ -127,18 +131,18 @@ def _outputs(
     high = tl.load(decays + t)
     low = tl.load(decays + low_part + t)
 
-    # What the state before the chunk gives.
+    # What the state before the chunk gives, [P, T]: the state, which `exact_dot` takes apart, stays in registers so.
     C += t[:, None].to(tl.int64) * C_token_stride + n[None, :]
-    states += p[None, :] * state_size + n[:, None]
+    states += p[:, None] * state_size + n[None, :]
     C_tile = tl.load(C, mask=(t < count)[:, None] & (n < state_size)[None, :], other=0.0)
-    state = tl.load(states, mask=(n < state_size)[:, None] & (p < width)[None, :], other=0.0)
-    total = exact_dot(C_tile, state, tl.zeros((BLOCK_T, BLOCK_P), dtype=tl.float32))
+    state = tl.load(states, mask=(p < width)[:, None] & (n < state_size)[None, :], other=0.0)
+    total = exact_dot(state, tl.trans(C_tile), tl.zeros((BLOCK_P, BLOCK_T), dtype=tl.float32))
     for i in tl.static_range(1, N_BLOCKS):
-        inside = n + i * BLOCK_N < state_size
-        C_more = tl.load(C + i * BLOCK_N, mask=(t < count)[:, None] & inside[None, :], other=0.0)
-        state = tl.load(states + i * BLOCK_N, mask=inside[:, None] & (p < width)[None, :], other=0.0)
-        total = exact_dot(C_more, state, total)
-    total *= tl.exp2(high + low)[:, None]
+        more = n + i * BLOCK_N < state_size
+        C_more = tl.load(C + i * BLOCK_N, mask=(t < count)[:, None] & more[None, :], other=0.0)
+        state = tl.load(states + i * BLOCK_N, mask=(p < width)[:, None] & more[None, :], other=0.0)
+        total = exact_dot(state, tl.trans(C_more), total)
+    total = tl.trans(total) * tl.exp2(high + low)[:, None]
 
     # What the tokens s of the chunk give.
     for s_begin in range(0, begin + BLOCK_T, BLOCK_T):
@@ -148,9 +152,9 @@ def _outputs(
         B_tile = tl.load(B + B_place, mask=(n < state_size)[:, None] & s_there[None, :], other=0.0)
         scores = exact_dot(C_tile, B_tile, tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32))
         for i in tl.static_range(1, N_BLOCKS):
-            inside = n + i * BLOCK_N < state_size
-            C_more = tl.load(C + i * BLOCK_N, mask=(t < count)[:, None] & inside[None, :], other=0.0)
-            B_tile = tl.load(B + i * BLOCK_N + B_place, mask=inside[:, None] & s_there[None, :], other=0.0)
+            more = n + i * BLOCK_N < state_size
+            C_more = tl.load(C + i * BLOCK_N, mask=(t < count)[:, None] & more[None, :], other=0.0)
+            B_tile = tl.load(B + i * BLOCK_N + B_place, mask=more[:, None] & s_there[None, :], other=0.0)
             scores = exact_dot(C_more, B_tile, scores)
         s_high = tl.load(decays + s)
         s_low = tl.load(decays + low_part + s)
@@ -174,16 +178,21 @@ def _outputs(
     )
 
 
+# Tokens, columns of N and stages of loads by dtype, for N up to 128 and beyond: what fits the registers of an A100 and
+# an H100 without spills.
+_OUTPUT_BLOCKS = {torch.bfloat16: (64, 128, 2), torch.float16: (64, 64, 1), torch.float32: (32, 32, 1)}
+_OUTPUT_BLOCKS_BEYOND = {torch.bfloat16: (64, 64, 1), torch.float16: (32, 32, 1), torch.float32: (16, 32, 1)}
+
+
 def _outputs_of_chunks(
     x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunks: Chunks, states: Tensor, out: Tensor
 ) -> None:
     """Outputs from the states before each chunk."""
     heads, width = x.shape[2:]
     groups, state_size = B.shape[2:]
-    import os
-    bp,bn,nw,ns=eval(os.environ.get('OB','(64,128,4,2)'))
-    block_t, block_p, block_n = min(chunks.size, 64), min(bp, tile(width)), min(bn, tile(state_size))
-    grid = (chunks.slots * heads, chunks.size // block_t, triton.cdiv(width, block_p))
+    block_t, block_n, stages = (_OUTPUT_BLOCKS if state_size <= 128 else _OUTPUT_BLOCKS_BEYOND)[product_dtype(x, B, C)]
+    block_t, block_p, block_n = min(chunks.size, block_t), min(64, tile(width)), min(block_n, tile(state_size))
+    grid = (chunks.slots * heads * (chunks.size // block_t), triton.cdiv(width, block_p))
     with device_of(x):
         _outputs[grid](
             x,
@@ -209,7 +218,8 @@ def _outputs_of_chunks(
             BLOCK_P=block_p,
             BLOCK_N=block_n,
             N_BLOCKS=triton.cdiv(state_size, block_n),
-            num_warps=nw,num_stages=ns,
+            num_warps=4,
+            num_stages=stages,
         )
 
 
@@ -287,11 +297,9 @@ def _step(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial, final, sta
     rows, heads, width = x.shape
     groups, state_size = B.shape[1:]
     pool = initial if final is None else final
-    block_n = triton.next_power_of_2(state_size)
+    block_n = max(1, triton.next_power_of_2(state_size))
     block_p = min(triton.next_power_of_2(width), max(1, 2048 // block_n))
     none = (0, 0, 0)
-    if rows == 0:
-        return
     with device_of(x):
         _one_step[(rows * heads, triton.cdiv(width, block_p))](
             x,
