@@ -138,7 +138,7 @@ def _decays(
     table,
     steps,
     decays,
-    slots,
+    decays_low,
     sequences,
     length,
     heads,
@@ -198,9 +198,7 @@ def _decays(
     place = (slot.to(tl.int64) * heads + head) * Q + token
     tl.store(steps + place, value, mask=there)
     tl.store(decays + place, rounded, mask=there)
-    tl.store(
-        decays + slots.to(tl.int64) * heads * Q + place, (total - rounded.to(tl.float64)).to(tl.float32), mask=there
-    )
+    tl.store(decays_low + place, (total - rounded.to(tl.float64)).to(tl.float32), mask=there)
 
 
 def chunk_decays(
@@ -229,8 +227,7 @@ def chunk_decays(
             starts,
             table,
             steps,
-            decays,
-            slots,
+            *decays.unbind(),
             sequences,
             length,
             heads,
@@ -255,8 +252,8 @@ def _states(
     table,
     steps,
     decays,
+    decays_low,
     states,
-    slots,
     heads,
     heads_of_group,
     width,
@@ -286,15 +283,14 @@ def _states(
     x += row * x_row_stride + first * x_token_stride + head.to(tl.int64) * x_head_stride
     B += row * B_row_stride + first * B_token_stride + (head // heads_of_group).to(tl.int64) * B_group_stride
     place = (slot * heads + head) * Q
-    low_part = slots.to(tl.int64) * heads * Q
     last_high = tl.load(decays + place + Q - 1)
-    last_low = tl.load(decays + low_part + place + Q - 1)
+    last_low = tl.load(decays_low + place + Q - 1)
 
     total = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     for begin in range(0, Q, BLOCK_T):
         t = begin + tl.arange(0, BLOCK_T)
         high = tl.load(decays + place + t)
-        low = tl.load(decays + low_part + place + t)
+        low = tl.load(decays_low + place + t)
         weight = tl.exp2((last_high - high) + (last_low - low)) * tl.load(steps + place + t)
         there = t < count
         x_tile = tl.load(
@@ -339,9 +335,8 @@ def chunk_states(x: Tensor, B: Tensor, chunks: Chunks) -> Tensor:
             B,
             chunks.table,
             chunks.steps,
-            chunks.decays,
+            *chunks.decays.unbind(),
             states,
-            chunks.slots,
             heads,
             heads // groups,
             width,
@@ -387,11 +382,12 @@ def load_slot(indices, sequence, pool_slots, width):
 def _pass(
     states,
     decays,
+    decays_low,
     starts,
     initial,
     final,
     indices,
-    slots,
+    chunk_stride,
     length,
     heads,
     width,
@@ -422,8 +418,7 @@ def _pass(
     slot, pool_width = load_slot(indices, sequence, pool_slots, width)
     states += (chunk * heads + head) * width * state_size + p.to(tl.int64) * state_size + n
     decays += (chunk * heads + head) * Q + Q - 1
-    stride = heads.to(tl.int64) * width * state_size
-    low_part = slots.to(tl.int64) * heads * Q
+    decays_low += (chunk * heads + head) * Q + Q - 1
     state = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     if initial is not None:
         initial += slot * initial_slot_stride + head * initial_head_stride + p.to(tl.int64) * initial_row_stride + n
@@ -438,15 +433,16 @@ def _pass(
     # The next chunk is on its way while this one is added.
     rows = tl.where(count > 0, width, 0)
     added = tl.load(states, mask=(p < rows) & inside, other=0.0)
-    decay = tl.load(decays, mask=count > 0, other=0.0) + tl.load(decays + low_part, mask=count > 0, other=0.0)
+    decay = tl.load(decays, mask=count > 0, other=0.0) + tl.load(decays_low, mask=count > 0, other=0.0)
     for done in range(0, count):
         more = done + 1 < count
         decays += heads * Q
-        next_added = tl.load(states + stride, mask=(p < tl.where(more, width, 0)) & inside, other=0.0)
-        next_decay = tl.load(decays, mask=more, other=0.0) + tl.load(decays + low_part, mask=more, other=0.0)
+        decays_low += heads * Q
+        next_added = tl.load(states + chunk_stride, mask=(p < tl.where(more, width, 0)) & inside, other=0.0)
+        next_decay = tl.load(decays, mask=more, other=0.0) + tl.load(decays_low, mask=more, other=0.0)
         tl.store(states, state, mask=(p < width) & inside)
         state = tl.exp2(decay) * state + added
-        states += stride
+        states += chunk_stride
         added = next_added
         decay = next_decay
     if final is not None:
@@ -475,12 +471,12 @@ def pass_states(
     with device_of(states):
         _pass[(chunks.sequences * heads, triton.cdiv(width, block_p))](
             states,
-            chunks.decays,
+            *chunks.decays.unbind(),
             chunks.starts,
             initial,
             final,
             state_indices,
-            chunks.slots,
+            states.stride(0),
             chunks.length,
             heads,
             width,

@@ -5,8 +5,8 @@ Four launches: decays of all chunks, what each chunk adds to the state, the stat
 
     y_t = exp(c_t) C_t · h_before + sum over s <= t of exp(c_t - c_s) dt'_s (C_t · B_s) x_s + D x_t
 
-A program computes 64 tokens of a chunk by 64 channels of a head: all its sums are products of matrices on tensor cores,
-in fp32. It goes over the blocks of 64 tokens s up to its own; in its own block weights above the diagonal are 0, and D
+A program computes up to 64 tokens of a chunk by 64 channels of a head. Its sums are products of matrices on tensor
+cores, in fp32. It goes over the blocks of tokens s up to its own; in its own block weights above the diagonal are 0, and D
 is added to those on it. A NaN in x therefore reaches earlier tokens of its chunk, in its own channel, as 0 times NaN.
 
 A single step reads and writes the state once and does little else. A program takes some rows of one head's state.
@@ -83,9 +83,9 @@ def _outputs(
     table,
     steps,
     decays,
+    decays_low,
     states,
     out,
-    slots,
     length,
     heads,
     heads_of_group,
@@ -127,9 +127,9 @@ def _outputs(
     states += (slot * heads + head) * width * state_size
     steps += (slot * heads + head) * Q
     decays += (slot * heads + head) * Q
-    low_part = slots.to(tl.int64) * heads * Q
+    decays_low += (slot * heads + head) * Q
     high = tl.load(decays + t)
-    low = tl.load(decays + low_part + t)
+    low = tl.load(decays_low + t)
 
     # What the state before the chunk gives, [P, T]: the state, which `exact_dot` takes apart, stays in registers so.
     C += t[:, None].to(tl.int64) * C_token_stride + n[None, :]
@@ -157,7 +157,7 @@ def _outputs(
             B_tile = tl.load(B + i * BLOCK_N + B_place, mask=more[:, None] & s_there[None, :], other=0.0)
             scores = exact_dot(C_more, B_tile, scores)
         s_high = tl.load(decays + s)
-        s_low = tl.load(decays + low_part + s)
+        s_low = tl.load(decays_low + s)
         decay = tl.exp2((high[:, None] - s_high[None, :]) + (low[:, None] - s_low[None, :]))
         scores *= decay * tl.load(steps + s)[None, :]
         # A choice, not a product with 0: above the diagonal the decay may have overflowed.
@@ -180,7 +180,7 @@ def _outputs(
 
 # Tokens, columns of N and stages of loads by dtype, for N up to 128 and beyond: what fits the registers of an A100 and
 # an H100 without spills.
-_OUTPUT_BLOCKS = {torch.bfloat16: (64, 128, 2), torch.float16: (64, 64, 1), torch.float32: (32, 32, 1)}
+_OUTPUT_BLOCKS = {torch.bfloat16: (64, 128, 2), torch.float16: (32, 64, 1), torch.float32: (32, 32, 1)}
 _OUTPUT_BLOCKS_BEYOND = {torch.bfloat16: (64, 64, 1), torch.float16: (32, 32, 1), torch.float32: (16, 32, 1)}
 
 
@@ -201,10 +201,9 @@ def _outputs_of_chunks(
             None if D is None else D.contiguous(),
             chunks.table,
             chunks.steps,
-            chunks.decays,
+            *chunks.decays.unbind(),
             states,
             out,
-            chunks.slots,
             chunks.length,
             heads,
             heads // groups,
