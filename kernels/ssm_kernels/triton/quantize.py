@@ -1,18 +1,9 @@
-"""The wires of codecs and their sums on a GPU, to the bit as `ssm_kernels.codecs` writes them down.
+"""The wires of codecs and their sums on a GPU, to the bit what the reference writes.
 
-Memory sets the pace: a number is two bytes on one side and about one on the other. Of every group a thread has eight
-consecutive numbers of each quarter: 16 bytes in bf16, and four such loads under way at once. The quarters are four
-tiles [groups, lanes, 8], so that codes that share a byte, 8 or 16 numbers apart, lie in the same place of two or four
-tiles, hence in one thread, and are packed by shifts:
-
-    group of     32 (int4, int6)   64 (int8)   128 (fp8)
-    lanes               1              2            4        threads that share a group; shuffles find its scale
-
-What settles the bits: divisions are those of IEEE 754; nothing is contracted (`enable_fp_fusion=False`), so that a
-product with the inverse is rounded before it is rounded to a code; subnormal numbers stay; codes are found by integer
-and fp32 arithmetic that every GPU has, whether or not it converts to fp8.
-
-A program reads its groups of all wires, then writes the same groups, so that a sum may go into one of its wires.
+Memory sets the pace: a number is two bytes on one side and about one on the other. Programs are small, one warp with
+32 numbers a thread, so that little work too is spread over all multiprocessors. A program reads its groups of all
+wires, then writes the same groups, so that a sum may go into one of its wires. How a program's groups become bytes is
+in wires.py.
 """
 
 from __future__ import annotations
@@ -28,153 +19,14 @@ from torch import Tensor
 from ssm_kernels.codecs import ALIGNMENT, Codec
 from ssm_kernels.triton.launching import DTYPES as NUMBER_DTYPES
 from ssm_kernels.triton.launching import device_of
+from ssm_kernels.triton.wires import encode, numbers_of, total
 
 DTYPES = NUMBER_DTYPES | {torch.uint8}
 
 _NUMBERS_OF_A_WARP = 1024  # 32 a thread
+_WIRES_AT_ONCE = 8  # the loop over them is unrolled
 _MANY = 1 << 20  # from so many numbers on, fewer and larger programs keep all multiprocessors busy too
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-# 1.5 · 2^23: the last bit of an fp32 number of this size is worth 1. Added to a small number it rounds that to an
-# integer, halves to even, and the last bits of the sum are the integer's in two's complement.
-_ROUNDING = tl.constexpr(12582912.0)
-
-
-# ---- Where a program's numbers and bytes are
-
-
-@triton.jit
-def _numbers_of(program, part: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Indices of one quarter of the groups' numbers, [GROUPS, lanes, 8]."""
-    groups = tl.arange(0, GROUPS)[:, None, None] * GROUP
-    lanes = tl.arange(0, GROUP // 32)[None, :, None] * 8
-    return program.to(tl.int64) * (GROUPS * GROUP) + (
-        groups + lanes + tl.arange(0, 8)[None, None, :] + part * GROUP // 4
-    )
-
-
-@triton.jit
-def _bytes_of(program, begin: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Indices of one tile of code bytes, which begins at byte `begin` of each group, [GROUPS, lanes, 8]."""
-    NBYTES: tl.constexpr = GROUP * BITS // 8
-    groups = tl.arange(0, GROUPS)[:, None, None] * NBYTES
-    lanes = tl.arange(0, GROUP // 32)[None, :, None] * 8
-    return program.to(tl.int64) * (GROUPS * NBYTES) + (groups + lanes + tl.arange(0, 8)[None, None, :] + begin)
-
-
-# ---- Numbers to codes
-
-
-@triton.jit
-def _largest(numbers):
-    """The bits of each group's largest magnitude, [GROUPS] int32: infinity comes above all numbers, NaN above it."""
-    largest = numbers[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    for part in tl.static_range(1, 4):
-        largest = tl.maximum(largest, numbers[part].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    return tl.max(tl.max(largest, 2), 1)
-
-
-@triton.jit
-def _opposite_of_first(numbers, largest, GROUP: tl.constexpr):
-    """A sign bit, [GROUPS] int32, set where the first number of the largest magnitude is positive."""
-    places = tl.arange(0, GROUP // 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    first = tl.full(numbers[0].shape, 2 * GROUP, tl.int32)
-    for part in tl.static_range(4):
-        bits = numbers[part].to(tl.int32, bitcast=True)
-        place = 2 * (places + part * GROUP // 4) + (bits >= 0).to(tl.int32)
-        first = tl.minimum(first, tl.where((bits & 0x7FFFFFFF) == largest[:, None, None], place, 2 * GROUP))
-    return tl.min(tl.min(first, 2), 1) << 31
-
-
-@triton.jit
-def _integer(scaled, LEAST: tl.constexpr, MOST: tl.constexpr):
-    """Rounded and cut, int32: two's complement in the last byte, nothing of worth in the others."""
-    return (tl.minimum(tl.maximum(scaled, LEAST), MOST) + _ROUNDING).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _to_fp8(scaled):
-    """The byte of a float8_e4m3fn, int32.
-
-    The exponent e of a number, -6 at least, says what the last bit of its code is worth: 2^(e - 3). That is also the
-    worth of the last bit of 2^(e + 20) in fp32: added to it, the number is rounded as its code is, and the last byte
-    of the sum counts the bits: 8 to 16 of them for a normal number, less for a subnormal one. With 8 more for each
-    exponent above -6 that is the code; 56 is -8 · (127 - 6) in a byte, and even, so that halves go to even.
-    """
-    bits = scaled.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), 448.0)
-    exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, (127 - 6) << 23)
-    rounded = magnitude + (exponent + ((20 << 23) + 56)).to(tl.float32, bitcast=True)
-    return ((rounded.to(tl.int32, bitcast=True) + (exponent >> 20)) & 0x7F) | ((bits >> 24) & 0x80)
-
-
-@triton.jit
-def _code(number, is_special, inverse, CODEC: tl.constexpr):
-    """int32, of which the last byte counts."""
-    scaled = tl.where(is_special[:, None, None], 0.0, number) * inverse[:, None, None]
-    if CODEC == "int8":
-        return _integer(scaled, -127.0, 127.0)
-    elif CODEC == "fp8-e4m3":
-        return _to_fp8(scaled)
-    elif CODEC == "int6":
-        return _integer(scaled, -31.0, 31.0)
-    else:
-        return _integer(scaled, -8.0, 7.0)
-
-
-@triton.jit
-def _store_codes(out, code_bytes, program, begin: tl.constexpr, codes, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """What lies behind the last group, up to `code_bytes`, is zero: the codes of numbers that are none."""
-    place = _bytes_of(program, begin, BITS, GROUP, codes.shape[0])
-    tl.store(out + place, codes.to(tl.uint8), mask=place < code_bytes)
-
-
-@triton.jit
-def _encode(
-    numbers,
-    out,
-    program,
-    groups,
-    code_bytes,
-    nbytes,
-    CODEC: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    LARGEST_SCALE: tl.constexpr,
-):
-    """Write the codes and scales of four tiles of fp32 numbers, zeros past their end."""
-    GROUPS: tl.constexpr = numbers[0].shape[0]
-    largest = _largest(numbers)
-    is_special = largest >= 0x7F800000
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST)
-    # A bf16 number is the upper half of an fp32 one. Adding all but one of the bits that it has not rounds up.
-    bits = (scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
-    bits = tl.minimum(tl.maximum(bits, 1 << 23), LARGEST_SCALE)
-    if CODEC == "int4":
-        bits = bits | _opposite_of_first(numbers, largest, GROUP)
-    bits = tl.where(largest == 0, 0x3F800000, bits)
-    inverse = tl.div_rn(1.0, bits.to(tl.float32, bitcast=True))
-
-    a, b = _code(numbers[0], is_special, inverse, CODEC), _code(numbers[1], is_special, inverse, CODEC)
-    c, d = _code(numbers[2], is_special, inverse, CODEC), _code(numbers[3], is_special, inverse, CODEC)
-    if BITS == 8:
-        _store_codes(out, code_bytes, program, 0, a, BITS, GROUP)
-        _store_codes(out, code_bytes, program, GROUP // 4, b, BITS, GROUP)
-        _store_codes(out, code_bytes, program, GROUP // 2, c, BITS, GROUP)
-        _store_codes(out, code_bytes, program, GROUP // 4 * 3, d, BITS, GROUP)
-    else:
-        _store_codes(out, code_bytes, program, 0, (a & 15) | (c & 15) << 4, BITS, GROUP)
-        _store_codes(out, code_bytes, program, 8, (b & 15) | (d & 15) << 4, BITS, GROUP)
-    if BITS == 6:
-        high = (a >> 4 & 3) | (b >> 2 & 12) | (c & 48) | (d & 48) << 2
-        _store_codes(out, code_bytes, program, 16, high, BITS, GROUP)
-
-    group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    bits = tl.where(is_special, 0x7FC00000, bits)
-    bits = tl.where(group < groups, bits >> 16, 0)
-    scales = (out + code_bytes).to(tl.pointer_type(tl.int16))
-    tl.store(scales + group, bits.to(tl.int16), mask=group < (nbytes - code_bytes) // 2)
 
 
 @triton.jit
@@ -192,8 +44,8 @@ def _quantize(
     GROUPS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    a, b = _numbers_of(program, 0, GROUP, GROUPS), _numbers_of(program, 1, GROUP, GROUPS)
-    c, d = _numbers_of(program, 2, GROUP, GROUPS), _numbers_of(program, 3, GROUP, GROUPS)
+    a, b = numbers_of(program, 0, GROUP, GROUPS), numbers_of(program, 1, GROUP, GROUPS)
+    c, d = numbers_of(program, 2, GROUP, GROUPS), numbers_of(program, 3, GROUP, GROUPS)
     numbers = (
         tl.load(values + a, mask=a < count, other=0.0).to(tl.float32),
         tl.load(values + b, mask=b < count, other=0.0).to(tl.float32),
@@ -201,82 +53,7 @@ def _quantize(
         tl.load(values + d, mask=d < count, other=0.0).to(tl.float32),
     )
     groups = tl.cdiv(count, GROUP)
-    _encode(numbers, out, program, groups, code_bytes, nbytes, CODEC, BITS, GROUP, LARGEST, LARGEST_SCALE)
-
-
-# ---- Codes to numbers
-
-
-@triton.jit
-def _load_codes(wire, code_bytes, program, begin: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS):
-    place = _bytes_of(program, begin, BITS, GROUP, GROUPS)
-    return tl.load(wire + place, mask=place < code_bytes, other=0)
-
-
-@triton.jit
-def _from_integer(bits, BEGIN: tl.constexpr, BITS: tl.constexpr):
-    """Two's complement of so many bits, of which the lowest is bit BEGIN of an int32, to fp32.
-
-    2^(23 - BEGIN) is the fp32 number whose bit BEGIN is worth 1. Such bits beside its own add an integer to it: the
-    code, counted from the smallest on.
-    """
-    LOWEST: tl.constexpr = 1 << (BITS - 1)
-    ZERO: tl.constexpr = ((150 - BEGIN) << 23) + (LOWEST << BEGIN)
-    OFFSET: tl.constexpr = (1 << (23 - BEGIN)) + LOWEST
-    return (bits ^ ZERO).to(tl.float32, bitcast=True) - OFFSET
-
-
-@triton.jit
-def _from_fp8(code):
-    """uint8 to fp32, 2^-8 of the number: its bits, shifted, are those of such an fp16 number."""
-    bits = (code.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4080  # 0xBF80
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _decode(wire, program, groups, code_bytes, CODEC: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS):
-    """Four tiles of fp32 numbers and the scales to multiply them with, [GROUPS, 1, 1]."""
-    group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    scales = (wire + code_bytes).to(tl.pointer_type(tl.uint16))
-    scale = tl.load(scales + group, mask=group < groups, other=0)
-    scale = (scale.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    first = _load_codes(wire, code_bytes, program, 0, BITS, GROUP, GROUPS)
-    second = _load_codes(wire, code_bytes, program, 8 if BITS < 8 else GROUP // 4, BITS, GROUP, GROUPS)
-    if BITS == 8:
-        third = _load_codes(wire, code_bytes, program, GROUP // 2, BITS, GROUP, GROUPS)
-        fourth = _load_codes(wire, code_bytes, program, GROUP // 4 * 3, BITS, GROUP, GROUPS)
-    if CODEC == "fp8-e4m3":
-        numbers = (_from_fp8(first), _from_fp8(second), _from_fp8(third), _from_fp8(fourth))
-        scale = scale * 256.0
-    elif CODEC == "int8":
-        first, second = _from_integer(first.to(tl.int32), 0, 8), _from_integer(second.to(tl.int32), 0, 8)
-        third, fourth = _from_integer(third.to(tl.int32), 0, 8), _from_integer(fourth.to(tl.int32), 0, 8)
-        numbers = (first, second, third, fourth)
-    else:
-        first, second = first.to(tl.int32), second.to(tl.int32)
-        third, fourth = first & 0xF0, second & 0xF0
-        first, second = first & 0x0F, second & 0x0F
-        if BITS == 6:
-            high = _load_codes(wire, code_bytes, program, 16, BITS, GROUP, GROUPS).to(tl.int32)
-            first, second = first | ((high << 4) & 0x30), second | ((high << 2) & 0x30)
-            third, fourth = third | ((high << 4) & 0x300), fourth | ((high << 2) & 0x300)
-        first, second = _from_integer(first, 0, BITS), _from_integer(second, 0, BITS)
-        third, fourth = _from_integer(third, 4, BITS), _from_integer(fourth, 4, BITS)
-        numbers = (first, second, third, fourth)
-    return numbers, scale[:, None, None]
-
-
-@triton.jit
-def _total(wires, program, groups, code_bytes, CODEC: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS):
-    """The sums of the program's groups of all wires, four tiles, in fp32 and in the order of the wires."""
-    numbers, scale = _decode(wires[0], program, groups, code_bytes, CODEC, BITS, GROUP, GROUPS)
-    a, b, c, d = numbers[0] * scale, numbers[1] * scale, numbers[2] * scale, numbers[3] * scale
-    for index in tl.static_range(1, len(wires)):
-        numbers, scale = _decode(wires[index], program, groups, code_bytes, CODEC, BITS, GROUP, GROUPS)
-        # The products are exact, and so one rounding is what two would be.
-        a, b = tl.fma(numbers[0], scale, a), tl.fma(numbers[1], scale, b)
-        c, d = tl.fma(numbers[2], scale, c), tl.fma(numbers[3], scale, d)
-    return a, b, c, d
+    encode(numbers, out, program, groups, code_bytes, nbytes, CODEC, BITS, GROUP, LARGEST, LARGEST_SCALE)
 
 
 @triton.jit
@@ -295,6 +72,7 @@ def _store_rounded(out, place, mask, numbers, DTYPE: tl.constexpr):
 @triton.jit
 def _dequantize_sum(
     wires,
+    partial,
     out,
     count,
     code_bytes,
@@ -304,16 +82,17 @@ def _dequantize_sum(
     GROUPS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    totals = _total(wires, program, tl.cdiv(count, GROUP), code_bytes, CODEC, BITS, GROUP, GROUPS)
+    program, groups = tl.program_id(0), tl.cdiv(count, GROUP)
+    totals = total(wires, partial, count, program, groups, code_bytes, CODEC, BITS, GROUP, GROUPS)
     for part in tl.static_range(4):
-        place = _numbers_of(program, part, GROUP, GROUPS)
+        place = numbers_of(program, part, GROUP, GROUPS)
         _store_rounded(out, place, place < count, totals[part], DTYPE)
 
 
 @triton.jit
 def _quantize_sum(
     wires,
+    partial,
     out,
     count,
     code_bytes,
@@ -326,15 +105,15 @@ def _quantize_sum(
     GROUPS: tl.constexpr,
 ):
     program, groups = tl.program_id(0), tl.cdiv(count, GROUP)
-    a, b, c, d = _total(wires, program, groups, code_bytes, CODEC, BITS, GROUP, GROUPS)
+    a, b, c, d = total(wires, partial, count, program, groups, code_bytes, CODEC, BITS, GROUP, GROUPS)
     numbers = (
-        tl.where(_numbers_of(program, 0, GROUP, GROUPS) < count, a, 0.0),
-        tl.where(_numbers_of(program, 1, GROUP, GROUPS) < count, b, 0.0),
-        tl.where(_numbers_of(program, 2, GROUP, GROUPS) < count, c, 0.0),
-        tl.where(_numbers_of(program, 3, GROUP, GROUPS) < count, d, 0.0),
+        tl.where(numbers_of(program, 0, GROUP, GROUPS) < count, a, 0.0),
+        tl.where(numbers_of(program, 1, GROUP, GROUPS) < count, b, 0.0),
+        tl.where(numbers_of(program, 2, GROUP, GROUPS) < count, c, 0.0),
+        tl.where(numbers_of(program, 3, GROUP, GROUPS) < count, d, 0.0),
     )
     tl.debug_barrier()  # `out` may be one of the wires, and threads that share a group read the same scale
-    _encode(numbers, out, program, groups, code_bytes, nbytes, CODEC, BITS, GROUP, LARGEST, LARGEST_SCALE)
+    encode(numbers, out, program, groups, code_bytes, nbytes, CODEC, BITS, GROUP, LARGEST, LARGEST_SCALE)
 
 
 # ---- Numbers that stand for themselves
@@ -360,34 +139,47 @@ def quantize(values: Tensor, codec: Codec, out: Tensor) -> Tensor:
     count = values.shape[0]
     if codec.largest is None:
         return _launch_raw([values], values.dtype, codec.dtype, count, out)
-    return _launch(_quantize, values, codec, count, out, codec.nbytes(count), **_scaling(codec))
+    return _launch(_quantize, (values,), codec, count, out, codec.nbytes(count), **_scaling(codec))
 
 
 def dequantize_sum(wires: Sequence[Tensor], codec: Codec, count: int, out: Tensor) -> Tensor:
     """wires: each [codec.nbytes(count)]; out: [count]."""
     if codec.largest is None:
         return _launch_raw(_aligned(wires), codec.dtype, out.dtype, count, out)
-    return _launch(_dequantize_sum, _aligned(wires), codec, count, out, DTYPE=_TRITON_DTYPES[out.dtype])
+    sources = _summed_but_for_the_last(_aligned(wires), codec, count)
+    return _launch(_dequantize_sum, sources, codec, count, out, DTYPE=_TRITON_DTYPES[out.dtype])
 
 
 def quantize_sum(wires: Sequence[Tensor], codec: Codec, count: int, out: Tensor) -> Tensor:
     """wires and out: each [codec.nbytes(count)]."""
     if codec.largest is None:
         return _launch_raw(_aligned(wires), codec.dtype, codec.dtype, count, out)
-    return _launch(_quantize_sum, _aligned(wires), codec, count, out, codec.nbytes(count), **_scaling(codec))
+    sources = _summed_but_for_the_last(_aligned(wires), codec, count)
+    return _launch(_quantize_sum, sources, codec, count, out, codec.nbytes(count), **_scaling(codec))
 
 
-def _launch(kernel, source, codec: Codec, count: int, out: Tensor, *sizes: int, **constants) -> Tensor:
-    """source: numbers or wires; sizes: what the kernel is told beside the count and the bytes of the codes."""
+def _summed_but_for_the_last(
+    wires: tuple[Tensor, ...], codec: Codec, count: int
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """As many wires as one kernel takes, and the sum of those before them, [count] fp32, if there are more."""
+    partial = None
+    while len(wires) > _WIRES_AT_ONCE:
+        before, partial = partial, wires[0].new_empty(count, dtype=torch.float32)
+        _launch(_dequantize_sum, (wires[:_WIRES_AT_ONCE], before), codec, count, partial, DTYPE=tl.float32)
+        wires = wires[_WIRES_AT_ONCE:]
+    return wires, partial
+
+
+def _launch(kernel, sources: tuple, codec: Codec, count: int, out: Tensor, *sizes: int, **constants) -> Tensor:
+    """sources: what the kernel reads; sizes: what it is told beside the count and the bytes of the codes."""
     if not count:
         return out
     target = _aligned([out])[0] if out.dtype is torch.uint8 else out
     num_warps = 4 if count >= _MANY else 1
     groups = _NUMBERS_OF_A_WARP * num_warps // codec.group
-    grid = (triton.cdiv(codec.groups(count), groups),)
     with device_of(out):
-        kernel[grid](
-            source,
+        kernel[(triton.cdiv(codec.groups(count), groups),)](
+            *sources,
             target,
             count,
             codec.code_bytes(count),
@@ -396,9 +188,9 @@ def _launch(kernel, source, codec: Codec, count: int, out: Tensor, *sizes: int, 
             BITS=codec.bits,
             GROUP=codec.group,
             GROUPS=groups,
+            **constants,
             num_warps=num_warps,
             enable_fp_fusion=False,
-            **constants,
         )
     return out if target is out else out.copy_(target)
 
@@ -408,24 +200,24 @@ def _launch_raw(numbers, dtype: torch.dtype, out_dtype: torch.dtype, count: int,
     if not count:
         return out
     target = _aligned([out])[0] if out.dtype is torch.uint8 else out
-    block = 1024
     filled = out.nbytes // out_dtype.itemsize
     with device_of(out):
-        _sum_raw[(triton.cdiv(filled, block),)](
+        _sum_raw[(triton.cdiv(filled, _NUMBERS_OF_A_WARP),)](
             tuple(numbers),
             target,
             count,
             filled,
             DTYPE=_TRITON_DTYPES[dtype],
             OUT_DTYPE=_TRITON_DTYPES[out_dtype],
-            BLOCK=block,
+            BLOCK=_NUMBERS_OF_A_WARP,
+            num_warps=4,
             enable_fp_fusion=False,
         )
     return out if target is out else out.copy_(target)
 
 
 def _aligned(wires: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The wires, or copies where they do not begin at a multiple of 16 bytes, as parts of messages all do."""
+    """The wires, or copies of those that do not begin at a multiple of 16 bytes, as all parts of a message do."""
     return tuple(wire if wire.data_ptr() % ALIGNMENT == 0 else wire.clone() for wire in wires)
 
 

@@ -25,9 +25,7 @@ from ssm_kernels.triton.launching import device_of
 from ssm_kernels.triton.scan_chunks import CHUNK, first_chunk
 from ssm_kernels.triton.selective_scan_carry import carried_gradients
 from ssm_kernels.triton.selective_scan_rows import (
-    EXPONENT_GRAD,
     INPUT,
-    INPUT_GRAD,
     ROW_KINDS,
     STEP,
     Y_GRAD,
@@ -51,7 +49,7 @@ from ssm_kernels.triton.selective_scan_tile import (
 from ssm_kernels.triton.sequences import block_count, block_of, starts_on_device
 from ssm_kernels.triton.softplus import LOG2E
 
-PART = 8
+PART = 4
 _TASKS = 1024  # sequences are cut until there are as many, if they are that long
 _SHORTEST_SEGMENT = 4 * CHUNK
 _PROGRAMS_TOGETHER = 2  # on a multiprocessor, by registers
@@ -148,7 +146,11 @@ def _walk_backwards(
     TILE: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """(w of the first of the tokens low .. high - 1, A_grad with theirs added)"""
+    """(w of the first of the tokens low .. high - 1, A_grad with theirs added)
+
+    The rows INPUT and Y_GRAD are overwritten by lanes that other lanes of the warp read the same from; these are sums
+    that those took part in, so they come later.
+    """
     for back in range(low, high):
         t = high - 1 - (back - low)
         row = rows + t * CHANNELS + thread_channel + register_channel
@@ -160,11 +162,11 @@ def _walk_backwards(
         sums = sum_over_channels(state_grad * tl.load(row + INPUT * ROW))
         place = B_sums + t * SUMS + thread_sum + register_sum
         tl.store(place, tl.broadcast_to(sums, place.shape))
-        tl.store(row + INPUT_GRAD * ROW, tl.broadcast_to(sum_over_states(state_grad * B_row), row.shape))
+        tl.store(row + INPUT * ROW, tl.broadcast_to(sum_over_states(state_grad * B_row), row.shape))
         grad = state_grad * tl.exp2(step * rate)
         product = grad * before
         A_grad += step * product
-        tl.store(row + EXPONENT_GRAD * ROW, tl.broadcast_to(sum_over_states(rate * product), row.shape))
+        tl.store(row + Y_GRAD * ROW, tl.broadcast_to(sum_over_states(rate * product), row.shape))
     return grad, A_grad
 
 

@@ -1,13 +1,11 @@
 """What the backward of the selective scan does for each token and channel alone, before and after it walks the states.
 
-It is done for a chunk at a time and kept in rows [CHUNK, CHANNELS] of fp32, of which a program has six:
+It is done for a chunk at a time and kept in rows [CHUNK, CHANNELS] of fp32, of which a program has four kinds:
 
-    STEP            dt' = softplus(dt + dt_bias)
-    INPUT           u = dt' x
-    Y_GRAD          gy = out_grad silu(z)
-    Y               sum over states of C h, where there is a gate
-    INPUT_GRAD      gradient of u
-    EXPONENT_GRAD   sum over states of A w h_{t-1}, in units of log 2: A is A / log 2 everywhere
+    STEP        dt' = softplus(dt + dt_bias)
+    INPUT       u = dt' x; of tokens that have been walked backwards the gradient of u
+    Y_GRAD      gy = out_grad silu(z); of such tokens sum over states of A / log 2 times w h_{t-1}
+    Y           sum over states of C h, where there is a gate
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ STEP = tl.constexpr(0)
 INPUT = tl.constexpr(1)
 Y_GRAD = tl.constexpr(2)
 Y = tl.constexpr(3)
-INPUT_GRAD = tl.constexpr(4)
-EXPONENT_GRAD = tl.constexpr(5)
-ROW_KINDS = 6
+ROW_KINDS = 4
 LN2 = tl.constexpr(0.6931471805599453)
 TOKENS = tl.constexpr(4)  # in a tile
 
@@ -125,34 +121,34 @@ def finish_rows(
     channel = first_channel + lane
     bias = _bias(dt_bias, channel, channels)
     skip = _bias(D, channel, channels)
-    D_total = tl.zeros([1, CHANNELS], tl.float32)
-    bias_total = tl.zeros([1, CHANNELS], tl.float32)
+    D_total = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    bias_total = tl.zeros([TOKENS, CHANNELS], tl.float32)
     for begin in range(0, count, TOKENS):
         local = begin + tl.arange(0, TOKENS)[:, None]
         token = first + local
         inside = (local < count) & (channel < channels)
         place = rows + local * CHANNELS + lane
-        step = tl.load(place + STEP * CHUNK * CHANNELS, mask=inside, other=0.0)
-        y_grad = tl.load(place + Y_GRAD * CHUNK * CHANNELS, mask=inside, other=0.0)
-        input_grad = tl.load(place + INPUT_GRAD * CHUNK * CHANNELS, mask=inside, other=0.0)
         values = _load(x, token, channel, x_token_stride, x_channel_stride, inside)
+        y_grad = _load(out_grad, token, channel, out_grad_token_stride, out_grad_channel_stride, inside)
         target = token * channels + channel
-        tl.store(x_grad + target, (input_grad * step + y_grad * skip).to(x_grad.dtype.element_ty), mask=inside)
+        if z is not None:
+            gate = _load(z, token, channel, z_token_stride, z_channel_stride, inside)
+            sigmoid = tl.sigmoid(gate)
+            y = tl.load(place + Y * CHUNK * CHANNELS, mask=inside, other=0.0) + values * skip
+            gate_grad = y_grad * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(z_grad + target, gate_grad.to(z_grad.dtype.element_ty), mask=inside)
+            y_grad *= gate * sigmoid
+        D_total += y_grad * values
 
-        exponent_grad = tl.load(place + EXPONENT_GRAD * CHUNK * CHANNELS, mask=inside, other=0.0)
-        step_grad = exponent_grad * LN2 + input_grad * values
+        step = tl.load(place + STEP * CHUNK * CHANNELS, mask=inside, other=0.0)
+        input_grad = tl.load(place + INPUT * CHUNK * CHANNELS, mask=inside, other=0.0)
+        tl.store(x_grad + target, (input_grad * step + y_grad * skip).to(x_grad.dtype.element_ty), mask=inside)
+        exponent_grad = tl.load(place + Y_GRAD * CHUNK * CHANNELS, mask=inside, other=0.0) * LN2
+        step_grad = exponent_grad + input_grad * values
         if SOFTPLUS:
             step_grad *= tl.sigmoid(_load(dt, token, channel, dt_token_stride, dt_channel_stride, inside) + bias)
         tl.store(dt_grad + target, step_grad.to(dt_grad.dtype.element_ty), mask=inside)
-        if z is not None:
-            y = tl.load(place + Y * CHUNK * CHANNELS, mask=inside, other=0.0) + values * skip
-            gate = _load(z, token, channel, z_token_stride, z_channel_stride, inside)
-            sigmoid = tl.sigmoid(gate)
-            gate_grad = _load(out_grad, token, channel, out_grad_token_stride, out_grad_channel_stride, inside)
-            gate_grad *= y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            tl.store(z_grad + target, gate_grad.to(z_grad.dtype.element_ty), mask=inside)
-        D_total += tl.sum(y_grad * values, 0, keep_dims=True)
-        bias_total += tl.sum(step_grad, 0, keep_dims=True)
+        bias_total += step_grad
     if D is not None:
         _add(D_sums + channel, D_total, channel < channels)
     if dt_bias is not None:
@@ -160,5 +156,6 @@ def finish_rows(
 
 
 @triton.jit
-def _add(sums, total, inside):
-    tl.store(sums, tl.load(sums, mask=inside, other=0.0) + total, mask=inside)
+def _add(sums, values, inside):
+    before = tl.load(sums, mask=inside, other=0.0)
+    tl.store(sums, before + tl.sum(values, 0, keep_dims=True), mask=inside)

@@ -6,8 +6,8 @@ Four launches: decays of all chunks, what each chunk adds to the state, the stat
     y_t = exp(c_t) C_t · h_before + sum over s <= t of exp(c_t - c_s) dt'_s (C_t · B_s) x_s + D x_t
 
 A program computes up to 64 tokens of a chunk by 64 channels of a head. Its sums are products of matrices on tensor
-cores, in fp32. It goes over the blocks of tokens s up to its own; in its own block weights above the diagonal are 0, and D
-is added to those on it. A NaN in x therefore reaches earlier tokens of its chunk, in its own channel, as 0 times NaN.
+cores, in fp32. It goes over the blocks of tokens s up to its own; in its own block weights above the diagonal are 0 and
+those on it get D. A NaN in x therefore reaches earlier tokens of its chunk, in its own channel, as 0 times NaN.
 
 A single step reads and writes the state once and does little else. A program takes some rows of one head's state.
 """
