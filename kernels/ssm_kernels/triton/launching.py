@@ -22,6 +22,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def parameter(tensor: Tensor | None) -> Tensor | None:
+    """A small parameter as contiguous fp32, which it normally is already."""
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
 def unit_stride(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where its last dimension has stride 1, else a contiguous copy."""
     return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

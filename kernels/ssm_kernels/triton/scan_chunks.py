@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK = 32
+CHUNK = 64
 
 
 @triton.jit

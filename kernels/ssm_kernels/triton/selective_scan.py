@@ -5,11 +5,10 @@ A program takes a few channels of a sequence and goes through its tokens in tile
     lanes, warps   channels, and the spans of a tile
     registers      the tokens of a span, and STATES of the N states at a time
 
-Each thread scans its span from zero, h' = decay h + inflow beside the product of the decays; the ends of the spans are
-scanned over the lanes, from what the tile before left; and what enters a span is added with the product of decays so
-far. So each exponential, which is what limits a scan on these machines, is computed once, all arithmetic of a state is
-in one thread, and even one sequence of a model that is cut over many ranks occupies a GPU. What one tile leaves to the
-next goes through memory, where the states of all N do not fit in registers.
+Each thread scans its span by itself, and the ends of the spans are scanned over the lanes (`spans.py`). So each
+exponential, which is what limits a scan on these machines, is computed once, all arithmetic of a state is in one
+thread, and even one sequence of a model that is cut over many ranks occupies a GPU. What one tile leaves to the next
+goes through memory, where the states of all N do not fit in registers.
 """
 
 from __future__ import annotations
@@ -20,25 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_kernels.triton.launching import DTYPES as DTYPES
-from ssm_kernels.triton.launching import device_of, unit_stride
+from ssm_kernels.triton.launching import device_of, parameter, unit_stride
 from ssm_kernels.triton.scan_chunks import CHUNK, first_chunk
 from ssm_kernels.triton.selective_scan_backward import backward as backward
 from ssm_kernels.triton.sequences import bounds_of, slot_of, starts_on_device
 from ssm_kernels.triton.softplus import LOG2E, softplus
+from ssm_kernels.triton.spans import scan_spans
 
 MAX_STATES = 256
 TOKENS = 8
-
-
-@triton.jit
-def _then(decay, state, next_decay, next_state):
-    """One step after the other."""
-    return next_decay * decay, next_decay * state + next_state
-
-
-@triton.jit
-def _last(decay, state, next_decay, next_state):
-    return next_decay, next_state
 
 
 @triton.jit
@@ -93,8 +82,6 @@ def _scan(
     place = span[None, None, :] * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     channel = own_channels[None, :, None]
     state_channel = own_channels[None, None, :, None]
-    before = tl.maximum(span - 1, 0)[None, None, None, :] + tl.zeros([1, STATES, CHANNELS, SPANS], tl.int32)
-    is_first = (span == 0)[None, None, None, :]
     is_last = (span == SPANS - 1)[None, None, None, :]
     x += row * x_batch_stride + channel
     dt += row * dt_batch_stride + channel
@@ -141,22 +128,17 @@ def _scan(
             there = (state < states) & (state_channel < channels)
             rate = tl.load(A + state_channel * states + state, mask=there, other=0.0) * LOG2E
             carry = tl.load(carried + state * channels + state_channel, mask=there, other=0.0)
-            decay = tl.exp2(step[:, None, :, :] * rate)
             inflow = scaled[:, None, :, :] * B_tile[:, :, None, :]
-            decay, inner = tl.associative_scan((decay, inflow), 0, _then)
-            span_decay, span_end = tl.reduce((decay, inner), 0, _last, keep_dims=True)
-            span_decay, span_end = tl.associative_scan((span_decay, span_end), 3, _then)
-            span_end += span_decay * carry
-            entering = tl.where(is_first, carry, tl.gather(span_end, before, 3))
+            h, entering, leaving = scan_spans(tl.exp2(step[:, None, :, :] * rate), inflow, carry)
             if chunk_states is not None:
                 # The state before a span, where a chunk begins there.
                 local = first - begin + span[None, None, None, :] * TOKENS
                 at = chunk_states + (local // CHUNK * channels + state_channel) * states + state
                 tl.store(at, entering, mask=there & (local % CHUNK == 0) & (begin + local < end))
-            y += tl.sum((inner + decay * entering) * C_tile[:, :, None, :], 1)
+            y += tl.sum(h * C_tile[:, :, None, :], 1)
             tl.debug_barrier()  # all have read what is now overwritten
             here = carried + state * channels + state_channel + tl.zeros([1, STATES, CHANNELS, SPANS], tl.int32)
-            tl.store(here, span_end, mask=there & is_last)
+            tl.store(here, leaving, mask=there & is_last)
         if z is not None:
             gate = tl.load(z + token * z_stride, mask=inside, other=0.0).to(tl.float32)
             y *= gate * tl.sigmoid(gate)
@@ -267,7 +249,8 @@ def _launch_scan(inputs, dt_softplus, initial, final, starts, state_indices, chu
     sequences = batch if starts is None else starts.shape[0] - 1
     if not sequences * channels * states or (final is None and not length):
         return
-    tile = tile_for(sequences, channels, states, x)
+    together = min(4 if chunk_states is None else 2, triton.next_power_of_2(states))  # as many as registers hold
+    tile = tile_for(sequences, channels, x)
     pool = initial if final is None else final
     rows = [(0, 0) if tensor is None else tensor.stride()[:2] for tensor in (x, dt, B, C, z, initial, final)]
     _scan[(sequences * triton.cdiv(channels, tile["CHANNELS"]),)](
@@ -286,6 +269,7 @@ def _launch_scan(inputs, dt_softplus, initial, final, starts, state_indices, chu
         *(stride for strides in rows for stride in strides),
         SOFTPLUS=dt_softplus,
         CHUNK=CHUNK,
+        STATES=together,
         **tile,
     )
 
@@ -313,7 +297,7 @@ def _launch_step(inputs, dt_softplus, pool, state_indices, out) -> None:
     )
 
 
-def tile_for(sequences: int, channels: int, states: int, x: Tensor) -> dict[str, int]:
+def tile_for(sequences: int, channels: int, x: Tensor) -> dict[str, int]:
     """How a scan is laid over programs and threads.
 
     Sixteen neighbouring channels are whole sectors of memory; where that makes fewer programs than there are
@@ -325,14 +309,8 @@ def tile_for(sequences: int, channels: int, states: int, x: Tensor) -> dict[str,
         "TOKENS": TOKENS,
         "SPANS": 128 // together,
         "CHANNELS": together,
-        "STATES": min(4, triton.next_power_of_2(states)),
         "num_warps": 4,
     }
-
-
-def parameter(tensor: Tensor | None) -> Tensor | None:
-    """A small parameter as contiguous fp32, which it normally is already."""
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
 
 
 def chunk_states_for(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:

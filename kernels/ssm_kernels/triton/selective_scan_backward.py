@@ -1,17 +1,18 @@
-"""Backward of the selective scan. With a_t = exp(dt_t A), gy_t the gradient of y_t and w_t = a_t g_t:
+"""Gradients of the selective scan, laid out as the forward is (`selective_scan.py`), from the last tile to the first.
 
-    g_t = C_t gy_t + w_{t+1}           dB_t = sum over channels of g_t u_t      u_t = dt_t x_t
-    du_t = sum over states of g_t B_t  dC_t = sum over channels of gy_t h_t     d(dt_t A) = w_t h_{t-1}
+With decay_t = exp(dt_t A), inflow_t = dt_t x_t B_t and y_t = C_t · h_t, the gradient g_t of the state h_t is a scan,
+too, backwards in time:
 
-A task is a segment of a sequence, that is some chunks, and a block of channels; `selective_scan_carry.py` finds what w
-enters it. It walks its chunks from the last to the first. From the state that the forward saved, a chunk is walked
-forwards, keeping h at each part of PART tokens; then, from the last part to the first, forwards again, keeping h of
-every token, and backwards. What is of a token and a channel alone is done for whole chunks before and after that, with
-wide accesses (`selective_scan_rows.py`). How states lie over threads is told in `selective_scan_tile.py`.
+    g_t = C_t y_grad_t + decay_{t+1} g_{t+1}
 
-What a program keeps for itself lies in global memory and, if there are few programs, in the L2 cache. So there are only
-as many as a GPU has at work at a time, and each takes one task after the other. Nothing is added atomically: sums over
-blocks of channels and over segments are written side by side and then added in the order in which they lie.
+A tile is a chunk: the forward kept the state before it, so that its states are scanned again, and then its gradients.
+All others are sums of products of the two:
+
+    x_grad = dt sum_n g B + D y_grad            A_grad  = sum_t dt e        e = g (h - inflow), of the exponent dt A
+    dt_grad = sum_n A e + x sum_n g B           B_grad  = sum_i g dt x
+    z_grad = out_grad y silu'(z)                C_grad  = sum_i y_grad h
+
+Sums over channels and over sequences are written side by side by the programs and added in that order.
 """
 
 from __future__ import annotations
@@ -21,171 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_kernels.triton.launching import device_of
+from ssm_kernels.triton.launching import device_of, parameter, unit_stride
 from ssm_kernels.triton.scan_chunks import CHUNK, first_chunk
-from ssm_kernels.triton.selective_scan_carry import carried_gradients
-from ssm_kernels.triton.selective_scan_rows import (
-    INPUT,
-    ROW_KINDS,
-    STEP,
-    Y_GRAD,
-    Y,
-    finish_rows,
-    prepare_rows,
-)
-from ssm_kernels.triton.selective_scan_tile import (
-    WARPS,
-    channels_in,
-    channels_of,
-    place_in_sums,
-    places_of,
-    shape_for,
-    states_in,
-    states_of,
-    sum_over_channels,
-    sum_over_states,
-    sums_of,
-)
-from ssm_kernels.triton.sequences import block_count, block_of, starts_on_device
-from ssm_kernels.triton.softplus import LOG2E
+from ssm_kernels.triton.sequences import bounds_of, starts_on_device
+from ssm_kernels.triton.softplus import LOG2E, softplus
+from ssm_kernels.triton.spans import scan_spans, scan_spans_backwards
 
-PART = 4
-_TASKS = 1024  # sequences are cut until there are as many, if they are that long
-_SHORTEST_SEGMENT = 4 * CHUNK
-_PROGRAMS_TOGETHER = 2  # on a multiprocessor, by registers
+TOKENS, SPANS, CHANNELS = 8, CHUNK // 8, 16
 
 
 @triton.jit
-def _walk_forwards(
-    state,
-    rate,
-    rows,
-    B,
-    low,
-    high,
-    B_token_stride,
-    thread_channel,
-    register_channel,
-    is_state,
-    ROW: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """The state after the tokens low .. high - 1 of a chunk. ROW is the size of one kind of rows."""
-    for t in range(low, high):
-        row = rows + t * CHANNELS + thread_channel + register_channel
-        B_row = tl.load(B + t * B_token_stride, mask=is_state, other=0.0).to(tl.float32)
-        decay = tl.exp2(tl.load(row + STEP * ROW) * rate)
-        state = decay * state + tl.load(row + INPUT * ROW) * B_row
-    return state
-
-
-@triton.jit
-def _keep_states(
-    state,
-    rate,
-    rows,
-    kept,
-    C_sums,
-    B,
-    C,
-    low,
-    high,
-    B_token_stride,
-    C_token_stride,
-    thread_channel,
-    register_channel,
-    thread_place,
-    register_place,
-    thread_sum,
-    register_sum,
-    is_state,
-    ROW: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
-    SUMS: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """As `_walk_forwards`, storing h before each token, its y where a gate needs it, and its sums for dC."""
-    for t in range(low, high):
-        row = rows + t * CHANNELS + thread_channel + register_channel
-        B_row = tl.load(B + t * B_token_stride, mask=is_state, other=0.0).to(tl.float32)
-        C_row = tl.load(C + t * C_token_stride, mask=is_state, other=0.0).to(tl.float32)
-        tl.store(kept + (t - low) * TILE + thread_place + register_place, state)
-        decay = tl.exp2(tl.load(row + STEP * ROW) * rate)
-        state = decay * state + tl.load(row + INPUT * ROW) * B_row
-        if GATED:
-            tl.store(row + Y * ROW, tl.broadcast_to(sum_over_states(state * C_row), row.shape))
-        sums = sum_over_channels(state * tl.load(row + Y_GRAD * ROW))
-        place = C_sums + t * SUMS + thread_sum + register_sum
-        tl.store(place, tl.broadcast_to(sums, place.shape))
-
-
-@triton.jit
-def _walk_backwards(
-    grad,
-    A_grad,
-    rate,
-    rows,
-    kept,
-    B_sums,
-    B,
-    C,
-    low,
-    high,
-    B_token_stride,
-    C_token_stride,
-    thread_channel,
-    register_channel,
-    thread_place,
-    register_place,
-    thread_sum,
-    register_sum,
-    is_state,
-    ROW: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
-    SUMS: tl.constexpr,
-):
-    """(w of the first of the tokens low .. high - 1, A_grad with theirs added)
-
-    The rows INPUT and Y_GRAD are overwritten by lanes that other lanes of the warp read the same from; these are sums
-    that those took part in, so they come later.
-    """
-    for back in range(low, high):
-        t = high - 1 - (back - low)
-        row = rows + t * CHANNELS + thread_channel + register_channel
-        B_row = tl.load(B + t * B_token_stride, mask=is_state, other=0.0).to(tl.float32)
-        C_row = tl.load(C + t * C_token_stride, mask=is_state, other=0.0).to(tl.float32)
-        before = tl.load(kept + (t - low) * TILE + thread_place + register_place)
-        step = tl.load(row + STEP * ROW)
-        state_grad = grad + tl.load(row + Y_GRAD * ROW) * C_row
-        sums = sum_over_channels(state_grad * tl.load(row + INPUT * ROW))
-        place = B_sums + t * SUMS + thread_sum + register_sum
-        tl.store(place, tl.broadcast_to(sums, place.shape))
-        tl.store(row + INPUT * ROW, tl.broadcast_to(sum_over_states(state_grad * B_row), row.shape))
-        grad = state_grad * tl.exp2(step * rate)
-        product = grad * before
-        A_grad += step * product
-        tl.store(row + Y_GRAD * ROW, tl.broadcast_to(sum_over_states(rate * product), row.shape))
-    return grad, A_grad
-
-
-@triton.jit
-def _add_warps(sums, totals, count, states, STATES: tl.constexpr, SHAPE: tl.constexpr):
-    """totals [count, N] = sum over warps of sums [CHUNK, WARPS, STATES]."""
-    TOKENS: tl.constexpr = 8
-    n = tl.arange(0, STATES)[None, :]
-    for begin in range(0, count, TOKENS):
-        t = begin + tl.arange(0, TOKENS)[:, None]
-        inside = (t < count) & (n < states)
-        total = tl.zeros([TOKENS, STATES], tl.float32)
-        for warp in tl.static_range(SHAPE[2]):
-            place = sums + (t * SHAPE[2] + warp) * STATES + place_in_sums(n, SHAPE)
-            total += tl.load(place, mask=inside, other=0.0)
-        tl.store(totals + t * states + n, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["one"])
 def _backward(
     x,
     dt,
@@ -197,244 +43,176 @@ def _backward(
     dt_bias,
     starts,
     chunk_states,
-    carried,
-    final_grad,
     out_grad,
+    final_grad,
     x_grad,
     dt_grad,
     z_grad,
     A_sums,
-    D_sums,
-    bias_sums,
     B_sums,
     C_sums,
+    D_sums,
+    bias_sums,
     initial_grad,
-    scratch,
-    tasks,
-    sequences,
-    tokens_of_all,
+    carried,
+    tokens,
     length,
     channels,
     states,
-    one,
-    x_row_stride,
-    x_token_stride,
-    x_channel_stride,
-    dt_row_stride,
-    dt_token_stride,
-    dt_channel_stride,
-    A_channel_stride,
-    A_state_stride,
-    B_row_stride,
-    B_token_stride,
-    B_state_stride,
-    C_row_stride,
-    C_token_stride,
-    C_state_stride,
-    z_row_stride,
-    z_token_stride,
-    z_channel_stride,
-    out_grad_row_stride,
-    out_grad_token_stride,
-    out_grad_channel_stride,
+    x_batch_stride,
+    x_stride,
+    dt_batch_stride,
+    dt_stride,
+    B_batch_stride,
+    B_stride,
+    C_batch_stride,
+    C_stride,
+    z_batch_stride,
+    z_stride,
+    grad_batch_stride,
+    grad_stride,
     final_slot_stride,
     final_channel_stride,
-    final_state_stride,
     SOFTPLUS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    PART: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPANS: tl.constexpr,
     STATES: tl.constexpr,
-    ROW_KINDS: tl.constexpr,
-    SCRATCH: tl.constexpr,
-    SHAPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    ROW: tl.constexpr = CHUNK * CHANNELS
-    TILE: tl.constexpr = CHANNELS * STATES
-    SUMS: tl.constexpr = SHAPE[2] * STATES
-    thread_channel, register_channel = channels_of(one, SHAPE)
-    thread_state, register_state = states_of(one, SHAPE)
-    thread_place, register_place = places_of(one, SHAPE)
-    thread_sum, register_sum = sums_of(one, SHAPE)
-    n = thread_state + register_state
-    is_state = n < states
-    rows = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
-    part_states = rows + ROW_KINDS * ROW
-    kept = part_states + CHUNK // PART * TILE
-    sums = kept + PART * TILE  # of each warp: [2, CHUNK, WARPS, STATES]
-    long = tl.full([], 0, tl.int64)
-    B_token_stride += long
-    C_token_stride += long
+    # Tiles are [TOKENS, CHANNELS, SPANS], or with states [TOKENS, STATES, CHANNELS, SPANS].
+    TILE: tl.constexpr = TOKENS * SPANS
     blocks = tl.cdiv(channels, CHANNELS)
-    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        segment = long + task // blocks
-        block = long + task % blocks
-        first_channel = block * CHANNELS
-        channel = first_channel + thread_channel + register_channel
-        inside = (channel < channels) & is_state
-        sequence, row, begin, end, first = block_of(segment, starts, sequences, length, SEGMENT)
-        rate = tl.load(A + channel * A_channel_stride + n * A_state_stride, mask=inside, other=0.0).to(tl.float32)
-        rate *= LOG2E
-        grad = tl.zeros(SHAPE, tl.float32)
-        A_grad = tl.zeros(SHAPE, tl.float32)
-        if carried is not None:
-            grad = tl.load(carried + (segment * channels + channel) * states + n, mask=inside, other=0.0)
-        elif final_grad is not None:
-            place = sequence * final_slot_stride + channel * final_channel_stride + n * final_state_stride
-            grad = tl.load(final_grad + place, mask=inside, other=0.0).to(tl.float32)
-        z_row = z
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    block = (tl.program_id(0) % blocks).to(tl.int64)
+    own_channels = block * CHANNELS + tl.arange(0, CHANNELS)
+    row, begin, end = bounds_of(sequence, starts, length)
+    span = tl.arange(0, SPANS)
+    place = span[None, None, :] * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    channel = own_channels[None, :, None]
+    state_channel = own_channels[None, None, :, None]
+    all_spans = tl.zeros([1, STATES, CHANNELS, SPANS], tl.int32)
+    is_first = (span == 0)[None, None, None, :]
+    x += row * x_batch_stride + channel
+    dt += row * dt_batch_stride + channel
+    B += row * B_batch_stride
+    C += row * C_batch_stride
+    out_grad += row * grad_batch_stride + channel
+    flat = row * length * channels + channel  # where this row's gradients begin
+    x_grad += flat
+    dt_grad += flat
+    sums = (block * tokens + row * length) * states
+    carried += sequence * states * channels
+    A_sums += sequence * states * channels
+    chunk_states += first_chunk(sequence, begin, starts, length, TILE) * channels * states
+    if z is not None:
+        z += row * z_batch_stride + channel
+        z_grad += flat
+    bias = tl.zeros([1, CHANNELS, 1], tl.float32)
+    if dt_bias is not None:
+        bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)
+    skip = tl.zeros([1, CHANNELS, 1], tl.float32)
+    if D is not None:
+        skip = tl.load(D + channel, mask=channel < channels, other=0.0)
+    D_grad = tl.zeros([1, CHANNELS, 1], tl.float32)
+    bias_grad = tl.zeros([1, CHANNELS, 1], tl.float32)
+
+    for first_state in range(0, states, STATES):
+        state = (first_state + tl.arange(0, STATES))[None, :, None, None]
+        there = (state < states) & (state_channel < channels)
+        value = tl.zeros([1, STATES, CHANNELS, 1], tl.float32)
+        if final_grad is not None:
+            at = sequence * final_slot_stride + state_channel * final_channel_stride + state
+            value = tl.load(final_grad + at, mask=there, other=0.0).to(tl.float32)
+        tl.store(carried + state * channels + state_channel, value, mask=there)
+        tl.store(A_sums + state * channels + state_channel, tl.zeros_like(value), mask=there)
+    tl.debug_barrier()
+
+    tiles = tl.cdiv(end - begin, TILE)
+    for done in range(0, tiles):
+        tile = tiles - 1 - done
+        token = begin + tile * TILE + place
+        inside = (token < end) & (channel < channels)
+        has_next = (token + 1 < end) & (channel < channels)
+        inputs = tl.load(x + token * x_stride, mask=inside, other=0.0).to(tl.float32)
+        before_softplus = tl.load(dt + token * dt_stride, mask=inside, other=0.0).to(tl.float32) + bias
+        next_step = tl.load(dt + (token + 1) * dt_stride, mask=has_next, other=0.0).to(tl.float32) + bias
+        step = before_softplus
+        if SOFTPLUS:
+            step = softplus(step)
+            next_step = softplus(next_step)
+        step = tl.where(inside, step, 0.0)
+        next_step = tl.where(has_next, next_step, 0.0)
+        upstream = tl.load(out_grad + token * grad_stride, mask=inside, other=0.0).to(tl.float32)
+        y_grad = upstream
         if z is not None:
-            z_row = z + row * z_row_stride
-        flat = row * length + first
-        totals = (block * tokens_of_all + flat) * states
-        saved = first_chunk(sequence, begin, starts, length, CHUNK) + (first - begin) // CHUNK
-        tokens = tl.maximum(tl.minimum(end - first, SEGMENT), 0).to(tl.int32)
-        chunks = tl.cdiv(tokens, CHUNK)
-        for done in range(0, chunks):
-            chunk = chunks - 1 - done
-            count = tl.minimum(tokens - chunk * CHUNK, CHUNK)
-            at = first + chunk * CHUNK
-            tl.debug_barrier()  # what the chunk before kept has been read
-            prepare_rows(
-                x + row * x_row_stride,
-                dt + row * dt_row_stride,
-                z_row,
-                out_grad + row * out_grad_row_stride,
-                dt_bias,
-                rows,
-                at,
-                count,
-                first_channel,
-                channels,
-                x_token_stride,
-                x_channel_stride,
-                dt_token_stride,
-                dt_channel_stride,
-                z_token_stride,
-                z_channel_stride,
-                out_grad_token_stride,
-                out_grad_channel_stride,
-                SOFTPLUS,
-                CHUNK,
-                CHANNELS,
-            )
-            tl.debug_barrier()
-            B_rows = B + row * B_row_stride + at * B_token_stride + n.to(tl.int64) * B_state_stride
-            C_rows = C + row * C_row_stride + at * C_token_stride + n.to(tl.int64) * C_state_stride
-            place = ((saved + chunk) * channels + channel) * states + n
-            state = tl.load(chunk_states + place, mask=inside, other=0.0)
-            parts = tl.cdiv(count, PART)
-            for part in range(0, parts - 1):
-                tl.store(part_states + part * TILE + thread_place + register_place, state)
-                state = _walk_forwards(
-                    state,
-                    rate,
-                    rows,
-                    B_rows,
-                    part * PART,
-                    part * PART + PART,
-                    B_token_stride,
-                    thread_channel,
-                    register_channel,
-                    is_state,
-                    ROW,
-                    CHANNELS,
-                )
-            tl.store(part_states + (parts - 1) * TILE + thread_place + register_place, state)
-            for part_done in range(0, parts):
-                part = parts - 1 - part_done
-                high = tl.minimum(part * PART + PART, count)
-                tl.debug_barrier()  # what the part before kept has been read
-                state = tl.load(part_states + part * TILE + thread_place + register_place)
-                _keep_states(
-                    state,
-                    rate,
-                    rows,
-                    kept,
-                    sums + CHUNK * SUMS,
-                    B_rows,
-                    C_rows,
-                    part * PART,
-                    high,
-                    B_token_stride,
-                    C_token_stride,
-                    thread_channel,
-                    register_channel,
-                    thread_place,
-                    register_place,
-                    thread_sum,
-                    register_sum,
-                    is_state,
-                    ROW,
-                    CHANNELS,
-                    TILE,
-                    SUMS,
-                    z is not None,
-                )
-                tl.debug_barrier()
-                grad, A_grad = _walk_backwards(
-                    grad,
-                    A_grad,
-                    rate,
-                    rows,
-                    kept,
-                    sums,
-                    B_rows,
-                    C_rows,
-                    part * PART,
-                    high,
-                    B_token_stride,
-                    C_token_stride,
-                    thread_channel,
-                    register_channel,
-                    thread_place,
-                    register_place,
-                    thread_sum,
-                    register_sum,
-                    is_state,
-                    ROW,
-                    CHANNELS,
-                    TILE,
-                    SUMS,
-                )
-            tl.debug_barrier()
-            finish_rows(
-                x + row * x_row_stride,
-                dt + row * dt_row_stride,
-                z_row,
-                out_grad + row * out_grad_row_stride,
-                D,
-                dt_bias,
-                x_grad + row * length * channels,
-                dt_grad + row * length * channels,
-                z_grad if z is None else z_grad + row * length * channels,
-                D_sums if D is None else D_sums + segment * channels,
-                bias_sums if dt_bias is None else bias_sums + segment * channels,
-                rows,
-                at,
-                count,
-                first_channel,
-                channels,
-                x_token_stride,
-                x_channel_stride,
-                dt_token_stride,
-                dt_channel_stride,
-                z_token_stride,
-                z_channel_stride,
-                out_grad_token_stride,
-                out_grad_channel_stride,
-                SOFTPLUS,
-                CHUNK,
-                CHANNELS,
-            )
-            into = totals + chunk * CHUNK * states
-            _add_warps(sums, B_sums + into, count, states, STATES, SHAPE)
-            _add_warps(sums + CHUNK * SUMS, C_sums + into, count, states, STATES, SHAPE)
-        tl.store(A_sums + (segment * channels + channel) * states + n, A_grad, mask=inside)
-        if initial_grad is not None:
-            target = initial_grad + (sequence * channels + channel) * states + n
-            tl.store(target, grad, mask=inside & (first == begin))
+            gate = tl.load(z + token * z_stride, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            y_grad = upstream * gate * sigmoid
+        scaled = step * inputs
+        y = skip * inputs
+        scaled_grad = tl.zeros([TOKENS, CHANNELS, SPANS], tl.float32)
+        step_grad = tl.zeros([TOKENS, CHANNELS, SPANS], tl.float32)
+        for first_state in range(0, states, STATES):
+            state = first_state + tl.arange(0, STATES)
+            here = (token < end) & (state < states)[None, :, None]
+            B_tile = tl.load(B + token * B_stride + state[None, :, None], mask=here, other=0.0).to(tl.float32)
+            C_tile = tl.load(C + token * C_stride + state[None, :, None], mask=here, other=0.0).to(tl.float32)
+            into_sums = sums + token * states + state[None, :, None]
+            state = state[None, :, None, None]
+            there = (state < states) & (state_channel < channels)
+            rate = tl.load(A + state_channel * states + state, mask=there, other=0.0)
+            at = (tile * channels + state_channel) * states + state
+            entering = tl.load(chunk_states + at, mask=there, other=0.0)
+            carry = tl.load(carried + state * channels + state_channel, mask=there, other=0.0)
+            inflow = scaled[:, None, :, :] * B_tile[:, :, None, :]
+            h, _entering, _leaving = scan_spans(tl.exp2(step[:, None, :, :] * (rate * LOG2E)), inflow, entering)
+            inner = y_grad[:, None, :, :] * C_tile[:, :, None, :]
+            g, leaving = scan_spans_backwards(tl.exp2(next_step[:, None, :, :] * (rate * LOG2E)), inner, carry)
+
+            y += tl.sum(h * C_tile[:, :, None, :], 1)
+            scaled_grad += tl.sum(g * B_tile[:, :, None, :], 1)
+            tl.store(C_sums + into_sums, tl.sum(y_grad[:, None, :, :] * h, 2), mask=here)
+            tl.store(B_sums + into_sums, tl.sum(scaled[:, None, :, :] * g, 2), mask=here)
+            exponent_grad = g * (h - inflow)
+            step_grad += tl.sum(exponent_grad * rate, 1)
+            total = tl.sum(tl.sum(exponent_grad * step[:, None, :, :], 0, keep_dims=True), 3, keep_dims=True)
+            total += tl.load(A_sums + state * channels + state_channel, mask=there, other=0.0)
+            tl.debug_barrier()  # all have read what is now overwritten
+            tl.store(A_sums + state * channels + state_channel, total, mask=there)
+            first_place = carried + state * channels + state_channel + all_spans
+            tl.store(first_place, leaving, mask=there & is_first)
+
+        tl.store(x_grad + token * channels, step * scaled_grad + skip * y_grad, mask=inside)
+        step_grad += inputs * scaled_grad
+        if SOFTPLUS:
+            step_grad *= tl.sigmoid(before_softplus)
+        tl.store(dt_grad + token * channels, step_grad, mask=inside)
+        if z is not None:
+            gate_grad = upstream * y * (sigmoid * (1 + gate * (1 - sigmoid)))
+            tl.store(z_grad + token * channels, gate_grad, mask=inside)
+        D_grad += tl.sum(tl.sum(y_grad * inputs, 0, keep_dims=True), 2, keep_dims=True)
+        masked = tl.where(inside, step_grad, 0.0)
+        bias_grad += tl.sum(tl.sum(masked, 0, keep_dims=True), 2, keep_dims=True)
+        tl.debug_barrier()  # what the next tile reads has been written
+
+    tl.store(D_sums + sequence * channels + channel, D_grad, mask=channel < channels)
+    tl.store(bias_sums + sequence * channels + channel, bias_grad, mask=channel < channels)
+    if initial_grad is not None:
+        # What flows into the state before the first token has been through that token's decay.
+        step = (
+            tl.load(dt + begin * dt_stride, mask=(channel < channels) & (begin < end), other=0.0).to(tl.float32) + bias
+        )
+        if SOFTPLUS:
+            step = softplus(step)
+        step = tl.where((channel < channels) & (begin < end), step, 0.0)
+        for first_state in range(0, states, STATES):
+            state = (first_state + tl.arange(0, STATES))[None, :, None, None]
+            there = (state < states) & (state_channel < channels)
+            rate = tl.load(A + state_channel * states + state, mask=there, other=0.0) * LOG2E
+            value = tl.load(carried + state * channels + state_channel, mask=there, other=0.0)
+            value *= tl.exp2(step[:, None, :, :] * rate)
+            at = (sequence * channels + state_channel) * states + state
+            tl.store(initial_grad + at, value, mask=there)
 
 
 def backward(
@@ -449,115 +227,65 @@ def backward(
     A, D, dt_bias and initial_state are fp32, the others have their input's dtype.
     """
     x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, chunk_states = saved
-    starts = starts_on_device(cu_seqlens, x)
     out_grad = torch.zeros_like(x) if out_grad is None else out_grad
     (batch, length, channels), states = x.shape, A.shape[1]
+    starts = starts_on_device(cu_seqlens, x)
     sequences = batch if starts is None else starts.shape[0] - 1
-    room = {"dtype": torch.float32, "device": x.device}
-    x_grad, dt_grad, z_grad = (
-        None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device)
-        for tensor in (x, dt, z)
-    )
-    initial_grad = None if initial is None else torch.empty((sequences, channels, states), **room)
-    if not x.numel() or not states:
-        return _without_tokens(x_grad, dt_grad, A, B, C, D, z_grad, dt_bias, initial_grad, final_grad)
-    shape = shape_for(states)
-    width = channels_in(shape)
-    blocks = triton.cdiv(channels, width)
-    segment = _segment_for(batch * length, length, blocks)
-    segments = block_count(x, starts, segment)
-    programs = _programs_on(x.device)
-    carried = None
-    if segment < length:
-        carried = carried_gradients(
-            dt, A, C, z, dt_bias, dt_softplus, out_grad, final_grad, starts, segments, segment, programs
-        )
-    programs = min(programs, segments * blocks)
-    each = _scratch_for(shape)
-    A_sums = torch.empty((segments, channels, states), **room)
-    D_sums, bias_sums = (None if p is None else torch.zeros((segments, channels), **room) for p in (D, dt_bias))
+    blocks, room = triton.cdiv(channels, CHANNELS), {"dtype": torch.float32, "device": x.device}
+    x_grad, dt_grad = (torch.empty(x.shape, dtype=tensor.dtype, device=x.device) for tensor in (x, dt))
+    z_grad = None if z is None else torch.empty(x.shape, dtype=z.dtype, device=x.device)
+    A_sums = torch.empty((sequences, states, channels), **room)
     B_sums, C_sums = (torch.empty((blocks, batch, length, states), **room) for _ in range(2))
-    with device_of(x):
-        _backward[(programs,)](
-            x,
-            dt,
-            A,
-            B,
-            C,
-            None if D is None else D.contiguous(),
-            z,
-            None if dt_bias is None else dt_bias.contiguous(),
-            starts,
-            chunk_states,
-            carried,
-            final_grad,
-            out_grad,
-            x_grad,
-            dt_grad,
-            z_grad,
-            A_sums,
-            D_sums,
-            bias_sums,
-            B_sums,
-            C_sums,
-            initial_grad,
-            torch.empty(programs * each, **room),
-            segments * blocks,
-            sequences,
-            batch * length,
-            length,
-            channels,
-            states,
-            1,
-            *x.stride(),
-            *dt.stride(),
-            *A.stride(),
-            *B.stride(),
-            *C.stride(),
-            *((0, 0, 0) if z is None else z.stride()),
-            *out_grad.stride(),
-            *((0, 0, 0) if final_grad is None else final_grad.stride()),
-            SOFTPLUS=dt_softplus,
-            CHUNK=CHUNK,
-            SEGMENT=segment,
-            PART=PART,
-            CHANNELS=width,
-            STATES=states_in(shape),
-            ROW_KINDS=ROW_KINDS,
-            SCRATCH=each,
-            SHAPE=shape,
-            num_warps=WARPS,
-        )
-    D_grad, bias_grad = (None if sums is None else sums.sum(0) for sums in (D_sums, bias_sums))
-    B_grad, C_grad = B_sums.sum(0).to(B.dtype), C_sums.sum(0).to(C.dtype)
-    return x_grad, dt_grad, A_sums.sum(0), B_grad, C_grad, D_grad, z_grad, bias_grad, initial_grad
-
-
-def _segment_for(tokens: int, length: int, blocks: int) -> int:
-    """How many tokens a segment has: few variants, as it is a constant of the kernels."""
-    segment = _SHORTEST_SEGMENT
-    while segment < length and tokens * blocks > _TASKS * segment * 2:
-        segment *= 2
-    return segment
-
-
-def _programs_on(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 64
-    return _PROGRAMS_TOGETHER * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _scratch_for(shape: tuple[int, int, int, int, int]) -> int:
-    """How many numbers a program keeps: rows, states before parts and before tokens, and sums of warps."""
-    width, states = channels_in(shape), states_in(shape)
-    return ROW_KINDS * CHUNK * width + (CHUNK // PART + PART) * width * states + 2 * CHUNK * shape[2] * states
-
-
-def _without_tokens(x_grad, dt_grad, A, B, C, D, z_grad, dt_bias, initial_grad, final_grad):
-    """Nothing depends on anything but the final states on the initial ones."""
-    if initial_grad is not None:
-        initial_grad.zero_() if final_grad is None else initial_grad.copy_(final_grad)
-    A_grad, D_grad, bias_grad = (
-        None if p is None else torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in (A, D, dt_bias)
+    D_sums, bias_sums = (torch.empty((sequences, channels), **room) for _ in range(2))
+    initial_grad = None if initial is None else torch.empty(initial.shape, **room)
+    final_grad = unit_stride(final_grad)
+    strided = [unit_stride(tensor) for tensor in (x, dt, B, C, z, out_grad)]
+    x, dt, B, C, z, out_grad = strided
+    if sequences * channels * states:
+        with device_of(x):
+            _backward[(sequences * blocks,)](
+                x,
+                dt,
+                parameter(A),
+                B,
+                C,
+                parameter(D),
+                z,
+                parameter(dt_bias),
+                starts,
+                chunk_states,
+                out_grad,
+                final_grad,
+                x_grad,
+                dt_grad,
+                z_grad,
+                A_sums,
+                B_sums,
+                C_sums,
+                D_sums,
+                bias_sums,
+                initial_grad,
+                torch.empty((sequences, states, channels), **room),
+                batch * length,
+                length,
+                channels,
+                states,
+                *(stride for tensor in strided for stride in ((0, 0) if tensor is None else tensor.stride()[:2])),
+                *((0, 0) if final_grad is None else final_grad.stride()[:2]),
+                SOFTPLUS=dt_softplus,
+                TOKENS=TOKENS,
+                SPANS=SPANS,
+                STATES=min(2, triton.next_power_of_2(states)),
+                CHANNELS=CHANNELS,
+            )
+    return (
+        x_grad,
+        dt_grad,
+        A_sums.sum(0).t().contiguous(),
+        B_sums.sum(0).to(B.dtype),
+        C_sums.sum(0).to(C.dtype),
+        None if D is None else D_sums.sum(0),
+        z_grad,
+        None if dt_bias is None else bias_sums.sum(0),
+        initial_grad,
     )
-    return x_grad, dt_grad, A_grad, torch.zeros_like(B), torch.zeros_like(C), D_grad, z_grad, bias_grad, initial_grad

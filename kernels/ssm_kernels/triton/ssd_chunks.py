@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_kernels.triton.launching import device_of
+from ssm_kernels.triton.softplus import LOG2E, softplus
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LONGEST_CHUNK = 128
 
 
@@ -60,27 +60,6 @@ class Chunks:
     table: Tensor
     steps: Tensor
     decays: Tensor
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) with a small relative error everywhere, for x near -20 too: the step size is a factor.
-
-    log(1 + u) is 2 artanh(u / (2 + u)), whose argument is at most 1/3; its series has an error below 1e-8 there.
-    """
-    u = tl.exp2(-tl.abs(x) * LOG2E)
-    z = u / (2.0 + u)
-    square = z * z
-    series = 1.0 / 17.0 + square * (1.0 / 19.0)
-    series = 1.0 / 15.0 + square * series
-    series = 1.0 / 13.0 + square * series
-    series = 1.0 / 11.0 + square * series
-    series = 1.0 / 9.0 + square * series
-    series = 1.0 / 7.0 + square * series
-    series = 1.0 / 5.0 + square * series
-    series = 1.0 / 3.0 + square * series
-    logarithm = 2.0 * (z + z * square * series)
-    return tl.where(x > 0.0, x, 0.0) + logarithm
 
 
 @triton.jit

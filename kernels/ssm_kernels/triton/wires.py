@@ -164,7 +164,9 @@ def encode(
 
 
 @triton.jit
-def _load_codes(wire, code_bytes, program, begin: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS):
+def _load_codes(
+    wire, code_bytes, program, begin: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
+):
     place = _bytes_of(program, begin, BITS, GROUP, GROUPS)
     return tl.load(wire + place, mask=place < code_bytes, other=0)
 
@@ -190,7 +192,16 @@ def _from_fp8(code):
 
 
 @triton.jit
-def _decode(wire, program, groups, code_bytes, CODEC: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS):
+def _decode(
+    wire,
+    program,
+    groups,
+    code_bytes,
+    CODEC: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """Four tiles of fp32 numbers and the scales to multiply them with, [GROUPS, 1, 1]."""
     group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     scales = (wire + code_bytes).to(tl.pointer_type(tl.uint16))
