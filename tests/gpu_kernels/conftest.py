@@ -10,7 +10,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
 
-from gpu_kernels.interpreter import true_to_the_gpu
 from ops.conftest import poisoned_memory, seed  # noqa: F401 - fixtures of these tests too
 
 import ssm_kernels
@@ -24,5 +23,5 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def triton_backend():
-    with true_to_the_gpu(), ssm_kernels.use_backend("triton"):
+    with ssm_kernels.use_backend("triton"):
         yield

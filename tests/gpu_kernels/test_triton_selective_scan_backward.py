@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
 from ops.gradients import outputs_and_gradients
 from ops.test_selective_scan import make_inputs as make_cpu_inputs
-from ops.tolerance import assert_all_close
+from ops.tolerance import assert_all_close, assert_close
 
 from ssm_kernels import reference, selective_scan
-from ssm_kernels.triton import selective_scan_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STARTS = [0, 5, 5, 32, 37, 110]
+STARTS = [0, 5, 5, 64, 69, 140]  # none, one, and more than a chunk of tokens
 
 
 def make_inputs(*sizes, device, **options):
@@ -36,26 +36,15 @@ def compare(inputs, **options):
     assert_all_close(found, outputs_and_gradients(op, inputs, upstream, dtype=torch.float64))
 
 
-@pytest.fixture
-def short_segments(monkeypatch):
-    """Segments of one chunk, so that sequences of a few chunks are cut into several."""
-    monkeypatch.setattr(selective_scan_backward, "_SHORTEST_SEGMENT", selective_scan_backward.CHUNK)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 3, 63])
 def test_matches_reference(length, dtype, device):
-    compare(make_inputs(1, length, 40, 16, device=device, dtype=dtype))
+    compare(make_inputs(1, length, 20, 16, device=device, dtype=dtype))
 
 
-def test_a_sequence_of_two_segments(device):
-    compare(make_inputs(1, 130, 20, 16, device=device))
-
-
-@pytest.mark.usefixtures("short_segments")
-@pytest.mark.parametrize("length", [32, 65])
-def test_segments_of_one_chunk(length, device):
-    compare(make_inputs(1, length, 20, 16, device=device, dtype=torch.bfloat16))
+@pytest.mark.parametrize("length", [64, 130])
+def test_sequences_of_whole_and_of_several_chunks(length, device):
+    compare(make_inputs(1, length, 20, 8, device=device, dtype=torch.bfloat16))
 
 
 @pytest.mark.full
@@ -67,7 +56,7 @@ def test_matches_reference_on_a_large_grid(batch, length, channels, states, dtyp
     compare(make_inputs(batch, length, channels, states, device=device, dtype=dtype))
 
 
-@pytest.mark.parametrize(("channels", "states"), [(1, 1), (33, 8), (300, 16), (150, 24), (20, 64), (3, 256)])
+@pytest.mark.parametrize(("channels", "states"), [(1, 1), (33, 8), (70, 16), (20, 24), (5, 64), (3, 130)])
 def test_sizes_that_fill_no_block(channels, states, device):
     compare(make_inputs(1, 5, channels, states, device=device))
 
@@ -76,20 +65,19 @@ def test_sizes_that_fill_no_block(channels, states, device):
     "omitted", [("D",), ("z",), ("dt_bias",), ("initial_state",), ("D", "z", "dt_bias", "initial_state")]
 )
 def test_optional_arguments_omitted(omitted, device):
-    compare(make_inputs(2, 9, 20, 16, device=device, dtype=torch.bfloat16, omit=omitted))
+    compare(make_inputs(2, 9, 9, 8, device=device, dtype=torch.bfloat16, omit=omitted))
 
 
 @pytest.mark.parametrize("with_final", [False, True])
 def test_without_softplus(with_final, device):
-    inputs = make_inputs(1, 9, 20, 16, device=device)
+    inputs = make_inputs(1, 9, 9, 8, device=device)
     inputs["dt"] = inputs["dt"].abs()
     inputs["dt_bias"] = inputs["dt_bias"].abs()
     compare(inputs, dt_softplus=False, return_final_state=with_final)
 
 
-@pytest.mark.usefixtures("short_segments")
 def test_final_state_alone_has_gradients(device):
-    inputs = make_inputs(1, 40, 20, 16, device=device, omit=("D", "z"))
+    inputs = make_inputs(1, 70, 9, 6, device=device, omit=("D", "z"))
     wanted = ("x", "dt", "A", "B", "dt_bias", "initial_state")
     results = []
     for op, dtype in ((selective_scan, torch.float32), (reference.selective_scan, torch.float64)):
@@ -101,7 +89,7 @@ def test_final_state_alone_has_gradients(device):
 
 @pytest.mark.parametrize("changed", ["B and C in fp32", "dt in fp32", "z in fp32", "parameters in bf16"])
 def test_mixed_dtypes(changed, device):
-    inputs = make_inputs(1, 9, 20, 16, device=device, dtype=torch.bfloat16)
+    inputs = make_inputs(1, 9, 9, 8, device=device, dtype=torch.bfloat16)
     names = {"B and C in fp32": "BC", "dt in fp32": ["dt"], "z in fp32": ["z"]}.get(changed, ())
     inputs.update({name: inputs[name].float() for name in names})
     if changed == "parameters in bf16":
@@ -110,22 +98,19 @@ def test_mixed_dtypes(changed, device):
 
 
 def test_last_stride_not_one(device):
-    inputs = make_inputs(2, 10, 20, 16, device=device)
+    inputs = make_inputs(2, 10, 9, 8, device=device)
     for name in ("x", "dt", "A", "B", "C", "z", "initial_state"):
         inputs[name] = inputs[name].transpose(-2, -1).contiguous().transpose(-2, -1)
     compare(inputs)
 
 
-@pytest.mark.usefixtures("short_segments")
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
 )
 def test_packed_matches_reference(dtype, state_dtype, device):
     sequences = len(STARTS) - 1
-    inputs = make_inputs(
-        1, STARTS[-1], 20, 16, device=device, dtype=dtype, sequences=sequences, state_dtype=state_dtype
-    )
+    inputs = make_inputs(1, STARTS[-1], 9, 6, device=device, dtype=dtype, sequences=sequences, state_dtype=state_dtype)
     compare(inputs, cu_seqlens=torch.tensor(STARTS, dtype=torch.int32, device=device))
 
 
@@ -135,11 +120,10 @@ def gradients_of(inputs, **options):
     return outputs_and_gradients(op, inputs, upstream)
 
 
-@pytest.mark.usefixtures("short_segments")
-@pytest.mark.parametrize("length", [70, 64])  # the second leaves a segment without tokens
+@pytest.mark.parametrize("length", [80, 64])
 def test_packed_equals_each_sequence_alone(length, device):
     starts = [start for start in STARTS if start < length] + [length]
-    inputs = make_inputs(1, length, 20, 16, device=device, sequences=len(starts) - 1)
+    inputs = make_inputs(1, length, 9, 4, device=device, sequences=len(starts) - 1)
     found = gradients_of(inputs, cu_seqlens=torch.tensor(starts, device=device))
     for s, (first, last) in enumerate(itertools.pairwise(starts)):
         alone = {name: inputs[name][:, first:last] for name in ("x", "dt", "B", "C", "z")}
@@ -163,11 +147,7 @@ def test_no_tokens_and_no_sequences(packed, device):
     assert found["grad initial_state"].shape == (0, 24, 16) and not found["grad A"].any()
 
 
-@pytest.mark.usefixtures("short_segments")
-def test_runs_give_the_same_bits_in_any_number_of_programs(device, monkeypatch):
-    inputs = make_inputs(2, 40, 20, 16, device=device, dtype=torch.bfloat16)
-    expected = gradients_of(inputs)
-    for programs in (64, 1):
-        monkeypatch.setattr(selective_scan_backward, "_programs_on", lambda device, programs=programs: programs)
-        found = gradients_of(inputs)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_two_runs_give_the_same_bits(device):
+    inputs = make_inputs(2, 70, 20, 4, device=device, dtype=torch.bfloat16)
+    first, second = gradients_of(inputs), gradients_of(inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)

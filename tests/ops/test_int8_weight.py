@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.tolerance import TOLERANCE, assert_close
+from ops.tolerance import assert_close
 
 import ssm_kernels
 from ssm_kernels import linear, reference
 from ssm_kernels.cpu import linear as cpu
+from ssm_kernels.gpu_check.tolerance import TOLERANCE
 from ssm_kernels.int8_weight import GROUP, Int8Weight
 from ssm_kernels.linear import INPUTS_A_ROW, MOST_ROWS
 

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-# |found - expected| <= relative * |expected| + absolute * max|expected|. The relative part of bf16 and fp16 is their
-# own rounding: half a unit in the last place is 2^-9 and 2^-11. All arithmetic is fp32, whatever the inputs;
-# a gradient that sums 130 terms of either sign loses a few bits more than one that does not.
-TOLERANCE = {
-    torch.float64: (1e-12, 1e-13),
-    torch.float32: (1e-5, 1e-5),
-    torch.bfloat16: (2**-8, 1e-5),
-    torch.float16: (2**-10, 1e-5),
-}
+from ssm_kernels.gpu_check.tolerance import allowed as allowed_error
 
 
 def assert_close(name: str, found: Tensor, expected: Tensor) -> None:
@@ -21,9 +12,8 @@ def assert_close(name: str, found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if found.numel() == 0:
         return
-    relative, absolute = TOLERANCE[found.dtype]
+    allowed = allowed_error(expected.detach().double(), found.dtype)
     found, expected = found.detach().double(), expected.detach().double()
-    allowed = relative * expected.abs() + absolute * expected.abs().max()
     error = (found - expected).abs()
     excess = (error - allowed).nan_to_num(nan=float("inf"))
     if (excess > 0).any():

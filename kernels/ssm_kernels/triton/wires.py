@@ -77,7 +77,7 @@ def _integer(scaled, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 @triton.jit
 def _to_fp8(scaled):
-    """The byte of a float8_e4m3fn, int32.
+    """The byte of a float8_e4m3fn, int32. What is to be cut to 448 is below 464, which is rounded to it.
 
     The exponent e of a number, -6 at least, says what the last bit of its code is worth: 2^(e - 3). That is also the
     worth of the last bit of 2^(e + 20) in fp32: added to it, the number is rounded as its code is, and the last byte
@@ -85,9 +85,8 @@ def _to_fp8(scaled):
     exponent above -6 that is the code; 56 is -8 · (127 - 6) in a byte, and even, so that halves go to even.
     """
     bits = scaled.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), 448.0)
-    exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, (127 - 6) << 23)
-    rounded = magnitude + (exponent + ((20 << 23) + 56)).to(tl.float32, bitcast=True)
+    exponent = tl.maximum(bits & 0x7F800000, (127 - 6) << 23)
+    rounded = tl.abs(scaled) + (exponent + ((20 << 23) + 56)).to(tl.float32, bitcast=True)
     return ((rounded.to(tl.int32, bitcast=True) + (exponent >> 20)) & 0x7F) | ((bits >> 24) & 0x80)
 
 

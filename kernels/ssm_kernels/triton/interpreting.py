@@ -1,15 +1,13 @@
-"""Triton's interpreter as tests need it: it rounds as a GPU does, and scans as fast as numpy can.
+"""Triton's interpreter made true to a GPU: it rounds and multiplies as one does, and scans as fast as numpy can.
 
-Its own conversions to bf16 and fp8 cut bits off; those of a GPU round to nearest even, as torch's do. For scans and
-reductions with a function of ours it calls the function once for every pair of numbers; but that is written for whole
-tensors, as every Triton function is, so that one call for every pair of rows along the axis gives the same.
+It runs kernels on the CPU where TRITON_INTERPRET=1 is set, for tests and for debugging. Its own conversions to bf16 and
+fp8 cut bits off; those of a GPU round to nearest even, as torch's do. Products of bf16 matrices it makes of the integers
+that it keeps bf16 in. For scans and reductions with a function of ours it calls the function once for every pair of
+numbers; but that is written for whole tensors, as every Triton function is, so that one call for every pair of rows
+along the axis gives the same.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
 
 import numpy as np
 import torch
@@ -26,16 +24,13 @@ _TORCH_DTYPES = {
 _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
-@contextmanager
-def true_to_the_gpu() -> Iterator[None]:
-    """Let conversions round to nearest even, booleans stay booleans, and scans and reductions combine whole rows."""
-    with (
-        mock.patch.object(interpreter.InterpreterBuilder, "create_splat", _splat),
-        mock.patch.object(interpreter, "_convert_float", _converted),
-        mock.patch.object(interpreter.ScanOps, "generic_scan", _scan),
-        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduce),
-    ):
-        yield
+def correct_interpreter() -> None:
+    """From now on, in this process."""
+    interpreter._convert_float = _converted
+    interpreter.InterpreterBuilder.create_splat = _splat
+    interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.ScanOps.generic_scan = _scan
+    interpreter.ReduceOps.generic_reduce = _reduce
 
 
 def _converted(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode) -> np.ndarray:
@@ -51,6 +46,17 @@ def _splat(self, block_type, scalar):
     dtype = scalar.dtype.scalar
     data = np.full(block_type.shape, scalar.data.item(), dtype=bool if dtype == tl.int1 else scalar.data.dtype)
     return interpreter.TensorHandle(data, dtype)
+
+
+def _dot(self, left, right, total, input_precision, max_num_imprecise_acc):
+    product = np.matmul(_numbers(left), _numbers(right), dtype=total.data.dtype)
+    return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
+
+
+def _numbers(operand) -> np.ndarray:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand.data
+    return (operand.data.astype(np.uint32) << 16).view(np.float32)
 
 
 def _rows(self, inputs, axis: int):
