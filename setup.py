@@ -21,6 +21,7 @@ setup(
         "ssm_kernels.reference",
         "ssm_kernels.cpu",
         "ssm_kernels.triton",
+        "ssm_kernels.gpu_check",
         "ssm_kernels.mamba_ssm",
         "megatron_ssm",
         "megatron_ssm.families",

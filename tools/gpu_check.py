@@ -45,7 +45,8 @@ def main() -> int:
     from ssm_kernels.gpu_check.timing import Deadline, Timer
 
     device = torch.device("cpu" if options.dry_run else "cuda")
-    rows = report.Rows(Deadline(options.seconds), lambda row: print(report.line(row), flush=True))
+    deadline = Deadline(options.seconds)
+    rows = report.Rows(deadline, lambda row: print(report.line(row), flush=True), not options.dry_run)
     machine, environment = machines.measure(device), machines.environment(device)
     print(report.markdown(machine, environment, rows))
     began = time.monotonic()

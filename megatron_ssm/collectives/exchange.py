@@ -78,15 +78,11 @@ class Exchange:
             overlaps: whether other work comes before finish().
         """
         pieces = self._pieces(parts)
+        if overlaps and parts[0].values.is_cuda:
+            return _StreamTransfer(self.stream(parts[0].values.device), pieces, name)
         if len(pieces) <= _AT_ONCE:
             return _SmallTransfer(pieces, name)
-        if parts[0].values.is_cuda:
-            return (
-                _StreamTransfer(self.stream(parts[0].values.device), pieces, name)
-                if overlaps
-                else _LargeTransfer(pieces, name)
-            )
-        if overlaps or self._in_thread:
+        if (overlaps or self._in_thread) and parts[0].values.is_cpu:
             return _ThreadTransfer(self, pieces, name)
         return _LargeTransfer(pieces, name)
 

@@ -95,7 +95,10 @@ def make_quantized_reduction(
         raise ValueError(f"unknown kind of reduction: expected one of {', '.join(KINDS)}, found {kind!r}")
     if group is None or dist.get_world_size(group) == 1:
         return LocalReduction(reason="one rank: nothing to quantize")
-    shares_memory = torch.device(device).type == "cpu" and kind != "torch"
+    device_type, backend = torch.device(device).type, dist.get_backend(group)
+    if device_type == "cuda" and backend == "gloo":
+        raise ValueError("quantized reductions on GPUs need NCCL: expected a group of backend nccl, found gloo")
+    shares_memory = device_type == "cpu" and kind != "torch"
     hosts = Hosts.of(group) if shares_memory else Hosts.apart(dist.get_world_size(group))
     if len(hosts.ranks) == 1:
         reduction = make_reduction(group, device, kind, timeout)
@@ -106,7 +109,7 @@ def make_quantized_reduction(
     reduction = QuantizedReduction(plain, hosts, chosen, sites, memory=memory, reason=f"{codec} between {where}")
     if gate is not False:
         reduction.use_gate(_gate(reduction, chosen, torch.device(device), None if gate is True else Path(gate)))
-        reduction.reason += f" where that is faster than torch.distributed ({dist.get_backend(group)})"
+        reduction.reason += f" where that is faster than torch.distributed ({backend})"
     return reduction
 
 

@@ -151,3 +151,16 @@ def test_two_runs_give_the_same_bits(device):
     inputs = make_inputs(2, 70, 20, 4, device=device, dtype=torch.bfloat16)
     first, second = gradients_of(inputs), gradients_of(inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gradients_of_what_is_forgotten_at_once(device):
+    """Steps so long that little of the past is left: each state's gradient of A, by its own size."""
+    inputs = make_inputs(1, 70, 16, 16, device=device)
+    inputs["dt"] = inputs["dt"] + 6
+    upstream = [torch.randn(inputs["x"].shape, device=device), torch.randn(1, 16, 16, device=device)]
+    options = {"dt_softplus": True, "return_final_state": True}
+    found = outputs_and_gradients(partial(selective_scan, **options), inputs, upstream)
+    exact = partial(reference.selective_scan, **options)
+    expected = outputs_and_gradients(exact, inputs, upstream, dtype=torch.float64)["grad A"]
+    error = (found["grad A"].double() - expected).abs().amax(0) / expected.abs().amax(0)
+    assert error.max() < 1e-4, error

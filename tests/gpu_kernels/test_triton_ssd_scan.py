@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from gpu_kernels.interpreted_dots import products_of_bf16
 from ops import test_ssd_scan
 from ops.test_ssd_scan import TIMED, cut
 from ops.tolerance import assert_all_close, assert_close
@@ -21,12 +20,6 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def dots():
-    with products_of_bf16():
-        yield
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def _scan(batch: int, length: int, channels: int, states: int, learns: bool) -> 
 def scan_from_zero(
     batch: int, length: int, channels: int, states: int, device: torch.device, channel_major: bool
 ) -> Work:
-    """A selective scan that begins from nothing, which other packages' kernels can do too; tensors as they like them."""
+    """A selective scan that begins from nothing, as other packages' kernels do, of tensors as they like them."""
 
     def values() -> torch.Tensor:
         if channel_major:

@@ -1,10 +1,10 @@
 """Triton's interpreter made true to a GPU: it rounds and multiplies as one does, and scans as fast as numpy can.
 
 It runs kernels on the CPU where TRITON_INTERPRET=1 is set, for tests and for debugging. Its own conversions to bf16 and
-fp8 cut bits off; those of a GPU round to nearest even, as torch's do. Products of bf16 matrices it makes of the integers
-that it keeps bf16 in. For scans and reductions with a function of ours it calls the function once for every pair of
-numbers; but that is written for whole tensors, as every Triton function is, so that one call for every pair of rows
-along the axis gives the same.
+fp8 cut bits off; those of a GPU round to nearest even, as torch's do. Products of bf16 matrices it makes of the
+integers that it keeps bf16 in. For scans and reductions with a function of ours it calls the function once for every
+pair of numbers; but that is written for whole tensors, as every Triton function is, so that one call for every pair of
+rows along the axis gives the same.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ too, backwards in time:
 A tile is a chunk: the forward kept the state before it, so that its states are scanned again, and then its gradients.
 All others are sums of products of the two:
 
-    x_grad = dt sum_n g B + D y_grad            A_grad  = sum_t dt e        e = g (h - inflow), of the exponent dt A
+    x_grad = dt sum_n g B + D y_grad            A_grad  = sum_t dt e        e = g decay h_{t-1}, of the exponent dt A
     dt_grad = sum_n A e + x sum_n g B           B_grad  = sum_i g dt x
     z_grad = out_grad y silu'(z)                C_grad  = sum_i y_grad h
 
-Sums over channels and over sequences are written side by side by the programs and added in that order.
+What is scanned is decayed_t = decay_t h_{t-1} = decay_t (decayed_{t-1} + inflow_{t-1}): as the difference of h_t and
+inflow_t it would be lost where little of h_{t-1} is left. Sums over channels and over sequences are written side by
+side by the programs and added in that order, of some blocks of channels at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from ssm_kernels.triton.softplus import LOG2E, softplus
 from ssm_kernels.triton.spans import scan_spans, scan_spans_backwards
 
 TOKENS, SPANS, CHANNELS = 8, CHUNK // 8, 16
+PROGRAMS = 1024  # more of them are no faster
+ROOM_BYTES = 1 << 28  # for sums that wait to be added
 
 
 @triton.jit
@@ -55,6 +59,8 @@ def _backward(
     bias_sums,
     initial_grad,
     carried,
+    first_block,
+    blocks,
     tokens,
     length,
     channels,
@@ -81,10 +87,9 @@ def _backward(
 ):
     # Tiles are [TOKENS, CHANNELS, SPANS], or with states [TOKENS, STATES, CHANNELS, SPANS].
     TILE: tl.constexpr = TOKENS * SPANS
-    blocks = tl.cdiv(channels, CHANNELS)
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
     block = (tl.program_id(0) % blocks).to(tl.int64)
-    own_channels = block * CHANNELS + tl.arange(0, CHANNELS)
+    own_channels = (first_block + block) * CHANNELS + tl.arange(0, CHANNELS)
     row, begin, end = bounds_of(sequence, starts, length)
     span = tl.arange(0, SPANS)
     place = span[None, None, :] * TOKENS + tl.arange(0, TOKENS)[:, None, None]
@@ -133,13 +138,16 @@ def _backward(
         token = begin + tile * TILE + place
         inside = (token < end) & (channel < channels)
         has_next = (token + 1 < end) & (channel < channels)
+        has_previous = inside & (place > 0)  # in the tile: before that is the state that was kept
         inputs = tl.load(x + token * x_stride, mask=inside, other=0.0).to(tl.float32)
         before_softplus = tl.load(dt + token * dt_stride, mask=inside, other=0.0).to(tl.float32) + bias
         next_step = tl.load(dt + (token + 1) * dt_stride, mask=has_next, other=0.0).to(tl.float32) + bias
+        previous_step = tl.load(dt + (token - 1) * dt_stride, mask=has_previous, other=0.0).to(tl.float32) + bias
         step = before_softplus
         if SOFTPLUS:
             step = softplus(step)
             next_step = softplus(next_step)
+            previous_step = softplus(previous_step)
         step = tl.where(inside, step, 0.0)
         next_step = tl.where(has_next, next_step, 0.0)
         upstream = tl.load(out_grad + token * grad_stride, mask=inside, other=0.0).to(tl.float32)
@@ -149,6 +157,8 @@ def _backward(
             sigmoid = tl.sigmoid(gate)
             y_grad = upstream * gate * sigmoid
         scaled = step * inputs
+        previous_inputs = tl.load(x + (token - 1) * x_stride, mask=has_previous, other=0.0).to(tl.float32)
+        previous_scaled = tl.where(has_previous, previous_step * previous_inputs, 0.0)
         y = skip * inputs
         scaled_grad = tl.zeros([TOKENS, CHANNELS, SPANS], tl.float32)
         step_grad = tl.zeros([TOKENS, CHANNELS, SPANS], tl.float32)
@@ -157,6 +167,9 @@ def _backward(
             here = (token < end) & (state < states)[None, :, None]
             B_tile = tl.load(B + token * B_stride + state[None, :, None], mask=here, other=0.0).to(tl.float32)
             C_tile = tl.load(C + token * C_stride + state[None, :, None], mask=here, other=0.0).to(tl.float32)
+            B_before = tl.load(
+                B + (token - 1) * B_stride + state[None, :, None], mask=here & (place > 0), other=0.0
+            ).to(tl.float32)
             into_sums = sums + token * states + state[None, :, None]
             state = state[None, :, None, None]
             there = (state < states) & (state_channel < channels)
@@ -164,8 +177,10 @@ def _backward(
             at = (tile * channels + state_channel) * states + state
             entering = tl.load(chunk_states + at, mask=there, other=0.0)
             carry = tl.load(carried + state * channels + state_channel, mask=there, other=0.0)
-            inflow = scaled[:, None, :, :] * B_tile[:, :, None, :]
-            h, _entering, _leaving = scan_spans(tl.exp2(step[:, None, :, :] * (rate * LOG2E)), inflow, entering)
+            decay = tl.exp2(step[:, None, :, :] * (rate * LOG2E))
+            inflow = decay * (previous_scaled[:, None, :, :] * B_before[:, :, None, :])
+            decayed, _entering, _leaving = scan_spans(decay, inflow, entering)
+            h = decayed + scaled[:, None, :, :] * B_tile[:, :, None, :]
             inner = y_grad[:, None, :, :] * C_tile[:, :, None, :]
             g, leaving = scan_spans_backwards(tl.exp2(next_step[:, None, :, :] * (rate * LOG2E)), inner, carry)
 
@@ -173,7 +188,7 @@ def _backward(
             scaled_grad += tl.sum(g * B_tile[:, :, None, :], 1)
             tl.store(C_sums + into_sums, tl.sum(y_grad[:, None, :, :] * h, 2), mask=here)
             tl.store(B_sums + into_sums, tl.sum(scaled[:, None, :, :] * g, 2), mask=here)
-            exponent_grad = g * (h - inflow)
+            exponent_grad = g * decayed
             step_grad += tl.sum(exponent_grad * rate, 1)
             total = tl.sum(tl.sum(exponent_grad * step[:, None, :, :], 0, keep_dims=True), 3, keep_dims=True)
             total += tl.load(A_sums + state * channels + state_channel, mask=there, other=0.0)
@@ -232,26 +247,33 @@ def backward(
     starts = starts_on_device(cu_seqlens, x)
     sequences = batch if starts is None else starts.shape[0] - 1
     blocks, room = triton.cdiv(channels, CHANNELS), {"dtype": torch.float32, "device": x.device}
+    together = blocks_together(sequences, blocks, batch * length * states)
     x_grad, dt_grad = (torch.empty(x.shape, dtype=tensor.dtype, device=x.device) for tensor in (x, dt))
     z_grad = None if z is None else torch.empty(x.shape, dtype=z.dtype, device=x.device)
     A_sums = torch.empty((sequences, states, channels), **room)
-    B_sums, C_sums = (torch.empty((blocks, batch, length, states), **room) for _ in range(2))
+    B_grad, C_grad = (torch.zeros((batch, length, states), **room) for _ in range(2))
+    B_sums, C_sums = (torch.empty((together, batch, length, states), **room) for _ in range(2))
+    carried = torch.empty((sequences, states, channels), **room)
     D_sums, bias_sums = (torch.empty((sequences, channels), **room) for _ in range(2))
     initial_grad = None if initial is None else torch.empty(initial.shape, **room)
     final_grad = unit_stride(final_grad)
     strided = [unit_stride(tensor) for tensor in (x, dt, B, C, z, out_grad)]
     x, dt, B, C, z, out_grad = strided
-    if sequences * channels * states:
+    A, D, dt_bias = map(parameter, (A, D, dt_bias))
+    strides = [stride for tensor in strided for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
+    strides += (0, 0) if final_grad is None else final_grad.stride()[:2]
+    for first in range(0, blocks if sequences * states else 0, together):
+        here = min(together, blocks - first)
         with device_of(x):
-            _backward[(sequences * blocks,)](
+            _backward[(sequences * here,)](
                 x,
                 dt,
-                parameter(A),
+                A,
                 B,
                 C,
-                parameter(D),
+                D,
                 z,
-                parameter(dt_bias),
+                dt_bias,
                 starts,
                 chunk_states,
                 out_grad,
@@ -265,27 +287,35 @@ def backward(
                 D_sums,
                 bias_sums,
                 initial_grad,
-                torch.empty((sequences, states, channels), **room),
+                carried,
+                first,
+                here,
                 batch * length,
                 length,
                 channels,
                 states,
-                *(stride for tensor in strided for stride in ((0, 0) if tensor is None else tensor.stride()[:2])),
-                *((0, 0) if final_grad is None else final_grad.stride()[:2]),
+                *strides,
                 SOFTPLUS=dt_softplus,
                 TOKENS=TOKENS,
                 SPANS=SPANS,
                 STATES=min(2, triton.next_power_of_2(states)),
                 CHANNELS=CHANNELS,
             )
+        B_grad += B_sums[:here].sum(0)
+        C_grad += C_sums[:here].sum(0)
     return (
         x_grad,
         dt_grad,
         A_sums.sum(0).t().contiguous(),
-        B_sums.sum(0).to(B.dtype),
-        C_sums.sum(0).to(C.dtype),
+        B_grad.to(B.dtype),
+        C_grad.to(C.dtype),
         None if D is None else D_sums.sum(0),
         z_grad,
         None if dt_bias is None else bias_sums.sum(0),
         initial_grad,
     )
+
+
+def blocks_together(sequences: int, blocks: int, sums: int) -> int:
+    """How many blocks of channels run at once: as many as occupy a GPU, and their sums of B and C fit into room."""
+    return max(1, min(blocks, max(triton.cdiv(PROGRAMS, sequences or 1), 1), ROOM_BYTES // (8 * sums or 1)))

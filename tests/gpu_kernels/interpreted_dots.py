@@ -1,1 +1,0 @@
-from contextlib import nullcontext as products_of_bf16
