@@ -1,4 +1,4 @@
-"""The tools that check kernels on a GPU, without one: their arithmetic, a dry run of everything, and what is compiled."""
+"""The tools that check kernels on a GPU, without one: their arithmetic, a dry run of all, and what is compiled."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from ssm_kernels.triton.ssd_chunks import (
     step_size,
     tile,
 )
+from ssm_kernels.triton.ssd_scan_backward import backward as backward
 
 MAX_WIDTH = 256
 
