@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +15,33 @@ from ops.tolerance import assert_close
 
 from ssm_kernels import reference, selective_scan, selective_state_update
 from ssm_kernels.triton import selective_scan as kernels
-from ssm_kernels.triton.scan_chunks import CHUNK
+from ssm_kernels.triton.selective_scan_backward import CHUNK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STARTS = [0, 5, 5, 70, 71, 199]
 SEQUENCES = len(STARTS) - 1
+ROOT = Path(__file__).parents[2]
+VARIANTS = """
+import torch
+from ssm_kernels.triton import selective_scan as kernels
+from ssm_kernels.triton.ahead_of_time import compiling
+
+x, z = torch.empty(1, 2048, 10240).bfloat16().split(5120, dim=-1)
+B, C = torch.empty(1, 2048, 32).bfloat16().split(16, dim=-1)
+A, D = torch.empty(5120, 16), torch.empty(5120)
+starts, slots = torch.tensor([0, 2048]), torch.tensor([0])
+for capability in (80, 90):
+    for pool in (None, torch.empty(1, 5120, 16), torch.empty(1, 5120, 16).bfloat16()):
+        for cu_seqlens in (None, starts):
+            for indices in (None,) if pool is None else (None, slots):
+                for gate in (None, z):
+                    for kept in (None, kernels.chunk_states_for(x, A, cu_seqlens)):
+                        with compiling(capability) as compiled:
+                            kernels.forward(x, x, A, B, C, D, gate, D, True, pool, pool, cu_seqlens, indices, kept)
+                        found = compiled[0].resources()
+                        named = (capability, pool is None, cu_seqlens is None, indices is None, gate is None)
+                        assert found.spills == 0 and found.registers <= 168, (named, kept is None, found)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +94,45 @@ def test_other_widths(channels, states, device):
     compare(make_inputs(2, 70, channels, states, device))
 
 
+def test_many_states(device):
+    compare(make_inputs(1, 70, 8, 64, device))
+
+
+def test_fp32_is_close_where_it_is_largest(device):
+    inputs = make_inputs(1, 500, 24, 16, device)
+    options = {"dt_softplus": True, "return_final_state": True}
+    expected = reference.selective_scan(**exactly(inputs), **options)
+    for found, exact in zip(selective_scan(**inputs, **options), expected, strict=True):
+        assert (found - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.full
+def test_a_long_sequence(device):
+    compare(make_inputs(1, 65_537, 8, 4, device))
+
+
+@pytest.mark.full
+def test_tokens_that_lie_far_apart(device):
+    """Strides that fit in 32 bits, and places that do not."""
+    inputs = make_inputs(1, 6, 16, 16, device, torch.bfloat16)
+    for name in ("x", "dt", "z", "B", "C"):
+        count, stride = 5 * (2**29 + 16) + 16, 2**29 + 16
+        # Of what is mapped, only the pages that are written exist.
+        room = torch.frombuffer(mmap.mmap(-1, 2 * count), dtype=torch.bfloat16)
+        room = room if device == "cpu" else room.to(device)
+        apart = room.as_strided((1, 6, 16), (stride, stride, 1))
+        inputs[name] = apart.copy_(inputs[name])
+    compare(inputs)
+
+
+@pytest.mark.full
+def test_no_variant_spills_or_takes_the_room_of_three_programs():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [31, 64, 129, 512])
@@ -87,6 +153,15 @@ def test_without_softplus_and_without_final_state(device):
     compare(inputs, dt_softplus=False)
     out = selective_scan(**inputs)
     assert torch.equal(out, selective_scan(**inputs, return_final_state=True)[0])
+
+
+def test_steps_that_are_zero_infinite_or_nan(device):
+    """softplus(-inf) is 0: such a token leaves the state alone; NaN stays NaN."""
+    inputs = make_inputs(1, 6, 24, 16, device)
+    inputs["dt"][:, 2], inputs["dt"][:, 3:, 5] = float("-inf"), float("nan")
+    compare({**inputs, "dt": inputs["dt"].nan_to_num(float("-inf"), neginf=float("-inf"))})
+    out = selective_scan(**inputs, dt_softplus=True)
+    assert out.isnan().nonzero().tolist() == [[0, token, 5] for token in (3, 4, 5)]
 
 
 def test_mixed_dtypes_and_strides(device):
@@ -148,6 +223,14 @@ def test_no_tokens_and_no_sequences(device):
     options = {"cu_seqlens": torch.tensor([0], device=device), "return_final_state": True}
     out, final = selective_scan(**inputs, **options)
     assert out.shape == (1, 0, 24) and final.shape == (0, 24, 16)
+
+
+def test_an_empty_sequence_keeps_every_bit_of_its_slot(device):
+    inputs = make_inputs(1, 0, 24, 16, device, omit=("initial_state",))
+    pool = torch.full((1, 24, 16), 1e-40, device=device).bfloat16()  # below the smallest normal number
+    options = {"cu_seqlens": torch.tensor([0, 0], device=device), "state_indices": torch.tensor([0], device=device)}
+    selective_scan(**{**inputs, "initial_state": pool}, **options)
+    assert (pool.view(torch.int16) == 1).all()
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])

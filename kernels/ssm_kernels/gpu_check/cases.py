@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -66,6 +67,8 @@ def _selective_scans(small: bool) -> Iterator[Case]:
         yield Case(name="selective_scan", size=size, make=_scan(batch, length, channels, 16, learns=False))
     batch, length, channels = sizes[0]
     size = f"{batch} × {length} tokens, I {channels}, N 16"
+    from_zero = partial(scan_from_zero, batch, length, channels, 16, channel_major=False)
+    yield Case(name="selective_scan, from zero", size=size, make=from_zero)
     yield Case(
         name="selective_scan, forward and backward",
         size=size,
@@ -111,7 +114,7 @@ def _scan(batch: int, length: int, channels: int, states: int, learns: bool) -> 
 
 
 def scan_from_zero(
-    batch: int, length: int, channels: int, states: int, device: torch.device, channel_major: bool
+    batch: int, length: int, channels: int, states: int, device: torch.device, *, channel_major: bool
 ) -> Work:
     """A selective scan that begins from nothing, as other packages' kernels do, of tensors as they like them."""
 

@@ -6,7 +6,7 @@ Each case is called as always, on CPU tensors, and its kernels are compiled inst
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -41,17 +41,19 @@ class Row:
 
 
 def rows(cases: Iterable[Case], capabilities: Iterable[int] = tuple(GPUS)) -> Iterator[Row]:
-    """Compile the kernels of all cases; each kernel once a GPU and case."""
+    """Compile the kernels of all cases; of sizes that come to the same only the first."""
+    known = set()
     for case in cases:
+        work = case.make(torch.device("cpu"))
         for capability in capabilities:
             with compiling(capability) as compiled:
-                case.make(torch.device("cpu")).run()
-            for kernel in _distinct(compiled):
-                yield _row(case, kernel)
-
-
-def _distinct(compiled: list[Compiled]) -> list[Compiled]:
-    return list({(one.name, str(one.constants)): one for one in compiled}.values())
+                work.run()
+            for kernel in compiled:
+                row = _row(case, kernel)
+                same = str(replace(row, size=""))
+                if same not in known:
+                    yield row
+                known.add(same)
 
 
 def _row(case: Case, kernel: Compiled) -> Row:

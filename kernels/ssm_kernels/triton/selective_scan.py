@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ssm_kernels.triton.launching import DTYPES as DTYPES
 from ssm_kernels.triton.launching import device_of, parameter, unit_stride
-from ssm_kernels.triton.scan_chunks import CHUNK, first_chunk
+from ssm_kernels.triton.selective_scan_backward import CHUNK
 from ssm_kernels.triton.selective_scan_backward import backward as backward
-from ssm_kernels.triton.sequences import bounds_of, slot_of, starts_on_device
+from ssm_kernels.triton.sequences import block_count, bounds_of, first_block_of, slot_of, starts_on_device
 from ssm_kernels.triton.softplus import LOG2E, softplus
 from ssm_kernels.triton.spans import scan_spans
 
@@ -79,7 +79,7 @@ def _scan(
     row, begin, end = bounds_of(sequence, starts, length)
     slot, is_slot = slot_of(sequence, indices, slots)
     span = tl.arange(0, SPANS)
-    place = span[None, None, :] * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    place = (span[None, None, :] * TOKENS + tl.arange(0, TOKENS)[:, None, None]).to(tl.int64)
     channel = own_channels[None, :, None]
     state_channel = own_channels[None, None, :, None]
     is_last = (span == SPANS - 1)[None, None, None, :]
@@ -95,7 +95,7 @@ def _scan(
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)
     if chunk_states is not None:
-        chunk_states += first_chunk(sequence, begin, starts, length, CHUNK) * channels * states
+        chunk_states += first_block_of(sequence, begin, starts, length, CHUNK) * channels * states
 
     for first_state in range(0, states, STATES):
         state = (first_state + tl.arange(0, STATES))[None, :, None, None]
@@ -104,7 +104,7 @@ def _scan(
         if initial is not None:
             place_in_pool = slot * initial_slot_stride + state_channel * initial_channel_stride + state
             value = tl.load(initial + place_in_pool, mask=there & is_slot, other=0.0).to(tl.float32)
-        tl.store(carried + state * channels + state_channel, value, mask=there)
+        tl.store(carried + state_channel * states + state, value, mask=there)
     tl.debug_barrier()
 
     for first in range(begin, end, TOKENS * SPANS):
@@ -127,7 +127,7 @@ def _scan(
             state = state[None, :, None, None]
             there = (state < states) & (state_channel < channels)
             rate = tl.load(A + state_channel * states + state, mask=there, other=0.0) * LOG2E
-            carry = tl.load(carried + state * channels + state_channel, mask=there, other=0.0)
+            carry = tl.load(carried + state_channel * states + state, mask=there, other=0.0)
             inflow = scaled[:, None, :, :] * B_tile[:, :, None, :]
             h, entering, leaving = scan_spans(tl.exp2(step[:, None, :, :] * rate), inflow, carry)
             if chunk_states is not None:
@@ -137,7 +137,7 @@ def _scan(
                 tl.store(at, entering, mask=there & (local % CHUNK == 0) & (begin + local < end))
             y += tl.sum(h * C_tile[:, :, None, :], 1)
             tl.debug_barrier()  # all have read what is now overwritten
-            here = carried + state * channels + state_channel + tl.zeros([1, STATES, CHANNELS, SPANS], tl.int32)
+            here = carried + state_channel * states + state + tl.zeros([1, STATES, CHANNELS, SPANS], tl.int32)
             tl.store(here, leaving, mask=there & is_last)
         if z is not None:
             gate = tl.load(z + token * z_stride, mask=inside, other=0.0).to(tl.float32)
@@ -149,7 +149,7 @@ def _scan(
         for first_state in range(0, states, STATES):
             state = (first_state + tl.arange(0, STATES))[None, :, None, None]
             there = (state < states) & (state_channel < channels)
-            value = tl.load(carried + state * channels + state_channel, mask=there, other=0.0)
+            value = tl.load(carried + state_channel * states + state, mask=there, other=0.0)
             place_in_pool = slot * final_slot_stride + state_channel * final_channel_stride + state
             tl.store(final + place_in_pool, value, mask=there & is_slot)
 
@@ -260,7 +260,7 @@ def _launch_scan(inputs, dt_softplus, initial, final, starts, state_indices, chu
         state_indices,
         out,
         final,
-        torch.empty((sequences, states, channels), dtype=torch.float32, device=x.device),
+        torch.empty((sequences, channels, states), dtype=torch.float32, device=x.device),
         chunk_states,
         0 if pool is None else pool.shape[0],
         length,
@@ -301,7 +301,8 @@ def tile_for(sequences: int, channels: int, x: Tensor) -> dict[str, int]:
     """How a scan is laid over programs and threads.
 
     Sixteen neighbouring channels are whole sectors of memory; where that makes fewer programs than there are
-    multiprocessors, eight are read with twice the spans.
+    multiprocessors, eight are read with twice the spans. At no more registers than these a multiprocessor has room for
+    three programs of 128 threads.
     """
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     together = 16 if sequences * channels >= 16 * processors else 8
@@ -310,11 +311,11 @@ def tile_for(sequences: int, channels: int, x: Tensor) -> dict[str, int]:
         "SPANS": 128 // together,
         "CHANNELS": together,
         "num_warps": 4,
+        "maxnreg": 168,
     }
 
 
 def chunk_states_for(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Room for the states that the backward starts from, one every CHUNK tokens of each sequence: [chunks, I, N]."""
-    batch, length, channels = x.shape
-    chunks = batch * triton.cdiv(length, CHUNK) if cu_seqlens is None else length // CHUNK + cu_seqlens.shape[0]
-    return torch.empty((chunks, channels, A.shape[1]), dtype=torch.float32, device=x.device)
+    """Room for the states before each chunk, which the backward starts from: [chunks, I, N] fp32."""
+    chunks = block_count(x, cu_seqlens, CHUNK)
+    return torch.empty((chunks, x.shape[2], A.shape[1]), dtype=torch.float32, device=x.device)

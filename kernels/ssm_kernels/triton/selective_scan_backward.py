@@ -25,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_kernels.triton.launching import device_of, parameter, unit_stride
-from ssm_kernels.triton.scan_chunks import CHUNK, first_chunk
-from ssm_kernels.triton.sequences import bounds_of, starts_on_device
+from ssm_kernels.triton.sequences import bounds_of, first_block_of, starts_on_device
 from ssm_kernels.triton.softplus import LOG2E, softplus
 from ssm_kernels.triton.spans import scan_spans, scan_spans_backwards
 
+CHUNK = 64  # tokens of a tile; the forward keeps the state before each
 TOKENS, SPANS, CHANNELS = 8, CHUNK // 8, 16
 PROGRAMS = 1024  # more of them are no faster
 ROOM_BYTES = 1 << 28  # for sums that wait to be added
@@ -108,7 +108,7 @@ def _backward(
     sums = (block * tokens + row * length) * states
     carried += sequence * states * channels
     A_sums += sequence * states * channels
-    chunk_states += first_chunk(sequence, begin, starts, length, TILE) * channels * states
+    chunk_states += first_block_of(sequence, begin, starts, length, TILE) * channels * states
     if z is not None:
         z += row * z_batch_stride + channel
         z_grad += flat

@@ -54,6 +54,15 @@ def block_of(block, starts, sequences, length, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def first_block_of(sequence, begin, starts, length, TOKENS: tl.constexpr):
+    """The number of the first block of a sequence whose first token is `begin`; int64 where these two are."""
+    if starts is None:
+        return sequence * tl.cdiv(length, TOKENS)
+    else:
+        return begin // TOKENS + sequence
+
+
+@triton.jit
 def bounds_of(sequence, starts, length):
     """(row of x, first token, the one behind the last) of a sequence, int64 all."""
     length = tl.full([], 0, tl.int64) + length

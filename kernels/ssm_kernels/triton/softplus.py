@@ -1,4 +1,4 @@
-"""softplus with a small relative error everywhere, where the library's would cost a branch and a table."""
+"""The step size of a token; its softplus has a small relative error everywhere, without branch or table."""
 
 from __future__ import annotations
 
@@ -24,4 +24,14 @@ def softplus(x):
     series = 1.0 / 7.0 + square * series
     series = 1.0 / 5.0 + square * series
     series = 1.0 / 3.0 + square * series
-    return tl.where(x > 0, x, x * 0) + 2.0 * ratio * (1.0 + square * series)
+    return tl.where(x < 0, 0.0, x) + 2.0 * ratio * (1.0 + square * series)  # NaN is not below 0, and stays
+
+
+@triton.jit
+def step_size(dt, dt_bias, low, high, SOFTPLUS: tl.constexpr):
+    """dt' of fp32 numbers; NaN stays NaN, as with torch.clamp."""
+    value = dt + dt_bias
+    if SOFTPLUS:
+        value = softplus(value)
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)

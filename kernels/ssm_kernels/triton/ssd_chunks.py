@@ -16,13 +16,12 @@ the last entry of `decays` is c_last of every chunk, the shorter ones included.
 Accuracy. c_t may be large (tokens that forget everything) next to differences c_t - c_s that are not, so it is summed
 in fp64 and kept as two fp32 numbers, the second being what the first rounded away: (high_t - high_s) + (low_t - low_s)
 has no cancellation. It is in units of log 2, for exp2. A token never decays by more than 2^-1000, which is 0: no
-infinity can meet another. Tensor cores multiply 16-bit numbers, most operands here are fp32: see `exact_dot`.
+infinity can meet another. Products are those of `products.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 import triton
@@ -30,7 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_kernels.triton.launching import device_of
-from ssm_kernels.triton.softplus import LOG2E, softplus
+from ssm_kernels.triton.products import exact_dot, product_dtype, tile
+from ssm_kernels.triton.sequences import block_count, block_of, bounds_of, first_block_of, slot_of, starts_on_device
+from ssm_kernels.triton.softplus import LOG2E, step_size
 
 LONGEST_CHUNK = 128
 
@@ -63,52 +64,6 @@ class Chunks:
 
 
 @triton.jit
-def step_size(dt, dt_bias, low, high, SOFTPLUS: tl.constexpr):
-    """dt' of fp32 numbers; NaN stays NaN, as with torch.clamp."""
-    value = dt + dt_bias
-    if SOFTPLUS:
-        value = softplus(value)
-    value = tl.where(value < low, low, value)
-    return tl.where(value > high, high, value)
-
-
-@triton.jit
-def exact_dot(left, right, total):
-    """total + left @ right, as exact as fp32 sums of fp32 products are, whatever the dtypes of the operands.
-
-    Tensor cores multiply 16-bit numbers exactly and sum in fp32. An fp32 operand beside a bf16 one becomes two bf16
-    numbers, high and what high rounded away, that have 16 bits together: an error of 2^-18. Beside fp16, which has more
-    bits than bf16 and a narrower range, both operands do so. Two fp32 operands become tf32 parts, likewise.
-    """
-    if left.dtype == right.dtype and left.dtype != tl.float32:
-        return tl.dot(left, right, total)
-    elif left.dtype == tl.float32 and right.dtype == tl.bfloat16:
-        high = left.to(tl.bfloat16)
-        total = tl.dot((left - high.to(tl.float32)).to(tl.bfloat16), right, total)
-        return tl.dot(high, right, total)
-    elif left.dtype == tl.bfloat16 and right.dtype == tl.float32:
-        high = right.to(tl.bfloat16)
-        total = tl.dot(left, (right - high.to(tl.float32)).to(tl.bfloat16), total)
-        return tl.dot(left, high, total)
-    elif left.dtype == tl.float16 or right.dtype == tl.float16:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-        left_high = left.to(tl.bfloat16)
-        right_high = right.to(tl.bfloat16)
-        total = tl.dot((left - left_high.to(tl.float32)).to(tl.bfloat16), right_high, total)
-        total = tl.dot(left_high, (right - right_high.to(tl.float32)).to(tl.bfloat16), total)
-        return tl.dot(left_high, right_high, total)
-    else:
-        return tl.dot(left, right, total, input_precision="tf32x3")
-
-
-@triton.jit
-def load_start(starts, sequence, length):
-    """cu_seqlens[sequence], kept within the tokens that there are."""
-    return tl.minimum(tl.maximum(tl.load(starts + sequence), 0), length).to(tl.int32)
-
-
-@triton.jit
 def _decays(
     dt,
     A,
@@ -130,26 +85,8 @@ def _decays(
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    if starts is None:
-        chunks = (length + Q - 1) // Q
-        sequence = slot // chunks
-        row = sequence
-        first = (slot - sequence * chunks) * Q
-        end = length
-    else:
-        # The last sequence whose slots begin at this one or before.
-        sequence = 0
-        beyond = sequences
-        while beyond - sequence > 1:
-            middle = (sequence + beyond) // 2
-            before = load_start(starts, middle, length) // Q + middle <= slot
-            sequence = tl.where(before, middle, sequence)
-            beyond = tl.where(before, beyond, middle)
-        row = 0
-        start = load_start(starts, sequence, length)
-        first = start + (slot - start // Q - sequence) * Q
-        end = load_start(starts, sequence + 1, length)
+    slot = tl.program_id(0).to(tl.int64)
+    sequence, row, _begin, end, first = block_of(slot, starts, sequences, length, Q)
     count = tl.minimum(tl.maximum(end - first, 0), Q)
     if tl.program_id(1) == 0:
         tl.store(table + slot * 4, row)
@@ -160,11 +97,7 @@ def _decays(
     token = tl.arange(0, Q)[:, None]
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     there = head < heads
-    place = (
-        row.to(tl.int64) * dt_row_stride
-        + (first + token).to(tl.int64) * dt_token_stride
-        + head.to(tl.int64) * dt_head_stride
-    )
+    place = row * dt_row_stride + (first + token) * dt_token_stride + head.to(tl.int64) * dt_head_stride
     value = tl.load(dt + place, mask=(token < count) & there, other=0.0).to(tl.float32)
     bias = 0.0
     if dt_bias is not None:
@@ -174,7 +107,7 @@ def _decays(
     decay = tl.load(A + head, mask=there, other=0.0).to(tl.float64) * LOG2E * value.to(tl.float64)
     total = tl.cumsum(tl.where(decay < -1000.0, -1000.0, decay), axis=0)
     rounded = total.to(tl.float32)
-    place = (slot.to(tl.int64) * heads + head) * Q + token
+    place = (slot * heads + head) * Q + token
     tl.store(steps + place, value, mask=there)
     tl.store(decays + place, rounded, mask=there)
     tl.store(decays_low + place, (total - rounded.to(tl.float64)).to(tl.float32), mask=there)
@@ -191,9 +124,9 @@ def chunk_decays(
     """Cut dt [B, L, H] into chunks: step sizes and sums of decays. B L H and the number of sequences are not 0."""
     rows, length, heads = dt.shape
     size = chunk_size(length)
-    starts = None if cu_seqlens is None else cu_seqlens.to(dt.device).contiguous()
+    starts = starts_on_device(cu_seqlens, dt)
     sequences = rows if starts is None else starts.shape[0] - 1
-    slots = rows * triton.cdiv(length, size) if starts is None else length // size + sequences
+    slots = block_count(dt, cu_seqlens, size)
     table = torch.empty(slots, 4, dtype=torch.int32, device=dt.device)
     steps = torch.empty(slots, heads, size, dtype=torch.float32, device=dt.device)
     decays = torch.empty(2, slots, heads, size, dtype=torch.float32, device=dt.device)
@@ -338,25 +271,6 @@ def chunk_states(x: Tensor, B: Tensor, chunks: Chunks) -> Tensor:
 _STATE_BLOCKS = {torch.bfloat16: (64, 128, 2), torch.float16: (64, 64, 1), torch.float32: (32, 64, 1)}
 
 
-def product_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that says how `exact_dot` multiplies these: fp32 where they differ."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-
-
-def tile(size: int) -> int:
-    """The power of two that holds `size`, at least the 16 that tensor cores multiply."""
-    return max(16, triton.next_power_of_2(size))
-
-
-@triton.jit
-def load_slot(indices, sequence, pool_slots, width):
-    """The pool's slot of a sequence, and how many rows it has there: `width`, or none outside of the pool (padding)."""
-    slot = sequence.to(tl.int64)
-    if indices is not None:
-        slot = tl.load(indices + sequence).to(tl.int64)
-    return slot, tl.where((slot >= 0) & (slot < pool_slots), width, 0)
-
-
 @triton.jit
 def _pass(
     states,
@@ -382,19 +296,16 @@ def _pass(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
+    sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
-    if starts is None:
-        count = (length + Q - 1) // Q
-        chunk = sequence.to(tl.int64) * count
-    else:
-        start = load_start(starts, sequence, length)
-        count = (load_start(starts, sequence + 1, length) - start + Q - 1) // Q
-        chunk = (start // Q + sequence).to(tl.int64)
+    _row, begin, end = bounds_of(sequence, starts, length)
+    count = (end - begin + Q - 1) // Q
+    chunk = first_block_of(sequence, begin, starts, length, Q)
     p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     inside = n < state_size
-    slot, pool_width = load_slot(indices, sequence, pool_slots, width)
+    slot, is_slot = slot_of(sequence, indices, pool_slots)
+    pool_width = tl.where(is_slot, width, 0)
     states += (chunk * heads + head) * width * state_size + p.to(tl.int64) * state_size + n
     decays += (chunk * heads + head) * Q + Q - 1
     decays_low += (chunk * heads + head) * Q + Q - 1

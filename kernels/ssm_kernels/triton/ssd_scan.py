@@ -21,18 +21,10 @@ from torch import Tensor
 
 from ssm_kernels.triton.launching import DTYPES as DTYPES
 from ssm_kernels.triton.launching import device_of, unit_stride
-from ssm_kernels.triton.ssd_chunks import (
-    LOG2E,
-    Chunks,
-    chunk_decays,
-    chunk_states,
-    exact_dot,
-    load_slot,
-    pass_states,
-    product_dtype,
-    step_size,
-    tile,
-)
+from ssm_kernels.triton.products import exact_dot, product_dtype, tile
+from ssm_kernels.triton.sequences import slot_of
+from ssm_kernels.triton.softplus import LOG2E, step_size
+from ssm_kernels.triton.ssd_chunks import Chunks, chunk_decays, chunk_states, pass_states
 from ssm_kernels.triton.ssd_scan_backward import backward as backward
 
 MAX_WIDTH = 256
@@ -266,13 +258,14 @@ def _one_step(
     group = head // heads_of_group
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
-    slot, pool_width = load_slot(indices, row, pool_slots, width)
-    there = (p < pool_width)[:, None] & (n < state_size)[None, :]
+    slot, is_slot = slot_of(row, indices, pool_slots)
+    there = (p < width)[:, None] & (n < state_size)[None, :]
+    kept = there & is_slot
     state_row = p[:, None].to(tl.int64)
     state = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     if initial is not None:
         initial += slot * initial_slot_stride + head * initial_head_stride + state_row * initial_row_stride + n[None, :]
-        state = tl.load(initial, mask=there, other=0.0).to(tl.float32)
+        state = tl.load(initial, mask=kept, other=0.0).to(tl.float32)
     bias = 0.0
     if dt_bias is not None:
         bias = tl.load(dt_bias + head).to(tl.float32)
@@ -285,7 +278,7 @@ def _one_step(
     state = decay * state + (step * x_values)[:, None] * B_values.to(tl.float32)[None, :]
     if final is not None:
         final += slot * final_slot_stride + head * final_head_stride + state_row * final_row_stride + n[None, :]
-        tl.store(final, state.to(final.dtype.element_ty), mask=there)
+        tl.store(final, state.to(final.dtype.element_ty), mask=kept)
     total = tl.sum(state * C_values.to(tl.float32)[None, :], axis=1)
     if D is not None:
         total += tl.load(D + head).to(tl.float32) * x_values

@@ -28,7 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_kernels.triton.launching import device_of, parameter, unit_stride
-from ssm_kernels.triton.ssd_chunks import Chunks, chunk_decays, chunk_states, load_start, pass_states, tile
+from ssm_kernels.triton.products import tile
+from ssm_kernels.triton.sequences import bounds_of, first_block_of
+from ssm_kernels.triton.ssd_chunks import Chunks, chunk_decays, chunk_states, pass_states
 
 ROOM_BYTES = 1 << 28  # for one matrix [Q, Q] of every chunk and head that is at work
 
@@ -124,7 +126,8 @@ def _tokens(chunks: Chunks) -> Tensor:
     row, first, count, _ = chunks.table.to(torch.int64).unbind(1)
     place = torch.arange(chunks.size, device=chunks.table.device)
     token = row[:, None] * chunks.length + first[:, None] + place
-    return token.where(place < count[:, None], chunks.rows * chunks.length)
+    total = chunks.rows * chunks.length
+    return token.where(place < count[:, None], total).clamp(0, total)
 
 
 def _chunked(x, out_grad, B, C, chunks: Chunks, tokens: Tensor, piece: slice) -> _Chunked:
@@ -209,15 +212,11 @@ def _pass_back(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
+    sequence = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
-    if starts is None:
-        count = (length + Q - 1) // Q
-        chunk = sequence.to(tl.int64) * count
-    else:
-        start = load_start(starts, sequence, length)
-        count = tl.maximum(load_start(starts, sequence + 1, length) - start + Q - 1, 0) // Q
-        chunk = (start // Q + sequence).to(tl.int64)
+    _row, begin, end = bounds_of(sequence, starts, length)
+    count = (end - begin + Q - 1) // Q
+    chunk = first_block_of(sequence, begin, starts, length, Q)
     p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     inside = (p < width) & (n < state_size)
@@ -226,16 +225,16 @@ def _pass_back(
     decays_low += (chunk * heads + head) * Q + Q - 1
     grad = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     if final_grad is not None:
-        place = sequence.to(tl.int64) * final_slot_stride + head * final_head_stride + p.to(tl.int64) * final_row_stride
+        place = sequence * final_slot_stride + head * final_head_stride + p.to(tl.int64) * final_row_stride
         grad = tl.load(final_grad + place + n, mask=inside, other=0.0).to(tl.float32)
     for done in range(0, count):
-        back = (count - 1 - done).to(tl.int64)
+        back = count - 1 - done
         own = tl.load(grads + back * chunk_stride, mask=inside, other=0.0)
         tl.store(grads + back * chunk_stride, grad, mask=inside)
         decay = tl.load(decays + back * heads * Q) + tl.load(decays_low + back * heads * Q)
         grad = tl.exp2(decay) * grad + own
     if initial_grad is not None:
-        place = (sequence.to(tl.int64) * heads + head) * width * state_size + p.to(tl.int64) * state_size + n
+        place = (sequence * heads + head) * width * state_size + p.to(tl.int64) * state_size + n
         tl.store(initial_grad + place, grad, mask=inside)
 
 
