@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ssm_kernels.gpu_check import resources
 from ssm_kernels.gpu_check.cases import cases
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -32,9 +33,10 @@ def main() -> int:
     )
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     options = parser.parse_args()
-    chosen = [case for case in cases(small=False) if options.case in case.name]
+    everything = [case for dtype in DTYPES for case in cases(small=False, dtype=dtype)]
+    chosen = [case for case in everything if options.case in case.name]
     if not chosen:
-        known = ", ".join(sorted({case.name for case in cases(small=False)}))
+        known = ", ".join(sorted({case.name for case in everything}))
         parser.error(f"--case: expected a part of one of {known}, found {options.case!r}")
     found = list(resources.rows(tqdm(chosen, desc="compiling", unit=" cases", disable=None)))
     table = resources.markdown(found)

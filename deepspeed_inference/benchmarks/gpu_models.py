@@ -30,7 +30,6 @@ from ssm_kernels.gpu_check.timing import Timer
 
 BF16 = torch.bfloat16
 RANKS = (1, 2, 4, 8)
-PIECE = 8192  # tokens of a prompt that run at once
 THEIR_PROMPT = 256  # transformers without mamba-ssm goes through a prompt token by token, in Python
 
 
@@ -42,6 +41,7 @@ class Sizes:
     largest: str  # the model whose goals are checked
     prompt: int
     long_prompt: int
+    piece: int  # tokens of a prompt that run at once
     batch: int
     steps: int
 
@@ -49,13 +49,13 @@ class Sizes:
     def of(cls, small: bool) -> Sizes:
         if small:
             tiny = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4)
-            return cls({"tiny": tiny}, "tiny", 4, 8, 2, 2)
+            return cls({"tiny": tiny}, "tiny", 4, 8, 4, 2, 2)
         models = {
             "130M": MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280),
             "2.8B": MambaConfig(hidden_size=2560, num_hidden_layers=64, vocab_size=50280),
             "7B": FalconMambaConfig(hidden_size=4096, num_hidden_layers=64, vocab_size=65024, intermediate_size=8192),
         }
-        return cls(models, "2.8B", 16384, 220_000, 64, 32)
+        return cls(models, "2.8B", 16384, 220_000, 8192, 64, 32)
 
 
 class Model:
@@ -89,9 +89,9 @@ class Model:
         """Of empty sequences."""
         return SSMInferenceContext(self.plan, batch_size=batch, ranks=self._ranks, dtype=BF16, device=self.device)
 
-    def prefill(self, ids: Tensor, context: SSMInferenceContext) -> Tensor:
-        """[B, V/T] behind prompts [B, L], in pieces."""
-        for piece in ids.split(PIECE, dim=1):
+    def prefill(self, ids: Tensor, context: SSMInferenceContext, at_once: int) -> Tensor:
+        """[B, V/T] behind prompts [B, L], of which so many tokens run at once."""
+        for piece in ids.split(at_once, dim=1):
             output, residual = self.stack.run(self.stack.embed(piece), context.layer)
             context.advance(piece.shape[1])
         return self.head.local_logits(self.stack.normed(output[:, -1], residual[:, -1]))
@@ -145,8 +145,9 @@ def run(rows: Rows, machine: Machine, timer: Timer, small: bool) -> None:
         for ranks in RANKS[:2] if small else RANKS:
             _share(rows, machine, timer, sizes, ranks)
         for name in [name for name in sizes.models if name != "7B"]:
-            row = Row(part="models", name=f"{name}, transformers", size=f"prefill of {THEIR_PROMPT}, decode, batch 1")
-            rows.add(row, lambda row, config=sizes.models[name]: _theirs(row, timer, config, small))
+            length = 8 if small else THEIR_PROMPT
+            row = Row(part="models", name=f"{name}, transformers", size=f"prefill of {length}, decode, batch 1")
+            rows.add(row, lambda row, name=name, length=length: _theirs(row, timer, sizes.models[name], length))
 
 
 def _decodes(rows, machine, timer, name: str, model: Model, sizes: Sizes, small: bool) -> None:
@@ -181,7 +182,7 @@ def _prefills(rows, machine, timer, name: str, model: Model, sizes: Sizes) -> No
 
     def fill(row: Row) -> None:
         ids, context = model.ids(sizes.prompt), model.context(1)
-        row.seconds = timer.seconds(lambda: model.prefill(ids, context))
+        row.seconds = timer.seconds(lambda: model.prefill(ids, context, sizes.piece))
         flops = 2 * sizes.prompt * model.products
         row.floor = machine.floor(flops=flops)
         share = flops / row.median / machine.products
@@ -196,14 +197,14 @@ def _prefills(rows, machine, timer, name: str, model: Model, sizes: Sizes) -> No
 
     def fill_long(row: Row) -> None:
         peaks = []
-        for length in (PIECE, sizes.long_prompt):
+        for length in (sizes.piece, sizes.long_prompt):
             ids, context = model.ids(length), model.context(1)
             before = _allocated(timer.device, reset=True)
-            seconds = timer.seconds(lambda ids=ids, context=context: model.prefill(ids, context))[:1]
+            seconds = timer.seconds(lambda ids=ids, context=context: model.prefill(ids, context, sizes.piece))[:1]
             peaks.append(_allocated(timer.device) - before)
             row.values["state, MB"] = context.nbytes() / 1e6
         row.seconds = seconds
-        row.values |= {"peak beyond weights, MB": peaks[1] / 1e6, f"that of {PIECE} tokens, MB": peaks[0] / 1e6}
+        row.values |= {"peak beyond weights, MB": peaks[1] / 1e6, f"that of {sizes.piece} tokens, MB": peaks[0] / 1e6}
         row.wants("state memory that does not grow", peaks[1] <= 1.05 * peaks[0] + 2**20)
 
     rows.add(row, fill_long)
@@ -221,7 +222,7 @@ def _share(rows, machine, timer, sizes: Sizes, ranks: int) -> None:
         with rank_of(ranks) as reduction:
             model = Model(sizes.models[sizes.largest], reduction, timer.device)
             ids, context = model.ids(min(2048, sizes.prompt)), model.context(1)
-            row.seconds = timer.seconds(lambda: model.prefill(ids, context))
+            row.seconds = timer.seconds(lambda: model.prefill(ids, context, sizes.piece))
             row.floor = machine.floor(flops=2 * ids.numel() * model.products)
             row.values["decode, ms"] = 1e3 * timer.median(model.decoder(1, captured=timer.device.type == "cuda"))
             row.values["weights over bandwidth, ms"] = 1e3 * model.nbytes / machine.copy
@@ -229,9 +230,9 @@ def _share(rows, machine, timer, sizes: Sizes, ranks: int) -> None:
     rows.add(row, fill)
 
 
-def _theirs(row: Row, timer: Timer, config: PretrainedConfig, small: bool) -> None:
+def _theirs(row: Row, timer: Timer, config: PretrainedConfig, length: int) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=BF16).to(timer.device).eval()
-    ids = torch.randint(0, config.vocab_size, (1, 8 if small else THEIR_PROMPT), device=timer.device)
+    ids = torch.randint(0, config.vocab_size, (1, length), device=timer.device)
     few = Timer(timer.device, rounds=2)
     row.seconds = few.seconds(lambda: model(ids, use_cache=True))
     cache = model(ids, use_cache=True)

@@ -19,8 +19,12 @@ from ssm_kernels.gpu_check.tolerance import share_of_allowed
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(name="a card", copy=1e12, products=1e14, exponentials=1e11, memory=1 << 30, is_real=True)
 SPILLS = """
+import torch
 from ssm_kernels.gpu_check import cases, resources
-chosen = [case for case in cases.cases(small=False) if case.is_forward and case.name.startswith(NAMES)]
+chosen = [
+    case for dtype in DTYPES for case in cases.cases(small=False, dtype=dtype)
+    if case.is_forward and case.name.startswith(NAMES)
+]
 rows = list(resources.rows(chosen, CAPABILITIES))
 assert chosen and {row.case for row in rows} == {case.name for case in chosen}
 for row in rows:
@@ -120,14 +124,21 @@ def test_bad_options_are_named():
     assert done.returncode == 2 and "expected a file in a directory that is there" in done.stderr
 
 
-def test_forward_kernels_do_not_spill():
-    names = ("selective_s", "causal_conv1d_update", "rms_norm")
-    done = run("-c", SPILLS.replace("NAMES", repr(names)).replace("CAPABILITIES", "(90,)"))
+def spills(names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], capabilities: tuple[int, ...]):
+    chosen = {"NAMES": names, "DTYPES": dtypes, "CAPABILITIES": capabilities}
+    script = SPILLS
+    for name, value in chosen.items():
+        script = script.replace(name, repr(value))
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Forward kernels without spills: yes" in done.stdout
 
 
+def test_forward_kernels_do_not_spill():
+    spills(("selective_state", "causal_conv1d_update", "rms_norm"), (torch.bfloat16,), (90,))
+
+
 @pytest.mark.full
-def test_no_forward_kernel_spills_on_either_gpu():
-    done = run("-c", SPILLS.replace("NAMES", "''").replace("CAPABILITIES", "(80, 90)"))
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_forward_kernel_spills_on_either_gpu(dtype):
+    spills(("",), (dtype,), (80, 90))

@@ -42,7 +42,7 @@ def test_matches_reference(length, dtype, device):
     compare(make_inputs(1, length, 20, 16, device=device, dtype=dtype))
 
 
-@pytest.mark.parametrize("length", [64, 130])
+@pytest.mark.parametrize("length", [64, 130, 500])
 def test_sequences_of_whole_and_of_several_chunks(length, device):
     compare(make_inputs(1, length, 20, 8, device=device, dtype=torch.bfloat16))
 
@@ -56,7 +56,9 @@ def test_matches_reference_on_a_large_grid(batch, length, channels, states, dtyp
     compare(make_inputs(batch, length, channels, states, device=device, dtype=dtype))
 
 
-@pytest.mark.parametrize(("channels", "states"), [(1, 1), (33, 8), (70, 16), (20, 24), (5, 64), (3, 130)])
+@pytest.mark.parametrize(
+    ("channels", "states"), [(1, 1), (33, 8), (70, 16), (20, 24), (5, 64), pytest.param(3, 130, marks=pytest.mark.full)]
+)
 def test_sizes_that_fill_no_block(channels, states, device):
     compare(make_inputs(1, 5, channels, states, device=device))
 

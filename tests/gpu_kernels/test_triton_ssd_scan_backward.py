@@ -49,7 +49,7 @@ def compare(inputs, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 3, 63, 130])
+@pytest.mark.parametrize("length", [1, 3, 63, pytest.param(130, marks=pytest.mark.full), 500])
 def test_matches_reference(length, dtype, device):
     compare(make_inputs(device, 1, length, 4, 20, 2, 24, dtype))
 

@@ -202,12 +202,12 @@ def _nats(context, text: bytes, codec: str | None) -> float:
 
 
 PERPLEXITIES = [
+    # Of fewer tokens the noise of int4 decides: at 4 ranks 0.6% over 65,536, but 1.2% over the first 2,048.
     pytest.param(2, 8192),
-    pytest.param(4, 2048),
-    pytest.param(8, 2048, marks=pytest.mark.full),
-    pytest.param(4, 8192, marks=pytest.mark.full),
-    pytest.param(8, 8192, marks=pytest.mark.full),
+    pytest.param(4, 16384),
+    pytest.param(8, 16384, marks=pytest.mark.full),
     pytest.param(2, 32768, marks=pytest.mark.full),
+    pytest.param(4, 32768, marks=pytest.mark.full),
 ]
 
 

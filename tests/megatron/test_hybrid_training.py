@@ -89,7 +89,8 @@ def test_one_ranks_gradients_are_those_of_transformers(ranks, variant):
         model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     )
     loss, found = ranks(_of_one_rank, 4, tiny_checkpoint(variant))[0]
-    assert loss == pytest.approx(their_loss.item(), rel=1e-5)
+    typical = rows.double().norm().item() / rows.numel()  # of a mean with such weights; this one may have cancelled
+    assert loss == pytest.approx(their_loss.item(), abs=1e-5 * typical)
     for name, tensor in megatron_tensors(family, model.config).items():
         for piece in tensor.pieces:
             if found[name] is None:

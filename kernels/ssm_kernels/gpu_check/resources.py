@@ -30,6 +30,7 @@ class Row:
 
     case: str
     size: str
+    dtype: str
     kernel: str
     gpu: str
     registers: int
@@ -61,6 +62,7 @@ def _row(case: Case, kernel: Compiled) -> Row:
     return Row(
         case=case.name,
         size=case.size,
+        dtype=str(case.dtype).removeprefix("torch."),
         kernel=kernel.name,
         gpu=GPUS[kernel.capability],
         **asdict(resources),
@@ -72,13 +74,14 @@ def _row(case: Case, kernel: Compiled) -> Row:
 def markdown(rows: list[Row]) -> str:
     """A table, and whether forward kernels spill."""
     lines = [
-        "| case | size | kernel | GPU | registers | shared memory | spills | threads |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | size | dtype | kernel | GPU | registers | shared memory | spills | threads |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (
             row.case,
             row.size,
+            row.dtype,
             f"`{row.kernel}`",
             row.gpu,
             row.registers,
@@ -86,6 +89,8 @@ def markdown(rows: list[Row]) -> str:
             f"{row.spills} B",
         )
         lines.append(f"| {' | '.join(map(str, cells))} | {row.threads} |")
-    spilling = sorted({f"{row.kernel} of {row.case} ({row.gpu})" for row in rows if row.is_forward and row.spills})
+    spilling = sorted(
+        {f"{row.kernel} of {row.case} ({row.dtype}, {row.gpu})" for row in rows if row.is_forward and row.spills}
+    )
     said = f"no: {', '.join(spilling)}" if spilling else "yes"
     return "\n".join([*lines, "", f"Forward kernels without spills: {said}", ""])
