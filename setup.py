@@ -35,6 +35,9 @@ setup(
         "deepspeed_inference.batching",
         "deepspeed_inference.command_line",
         "deepspeed_inference.benchmarks",
+        "deepspeed_inference.benchmarks.grid",
+        "deepspeed_inference.benchmarks.peers",
+        "deepspeed_inference.benchmarks.scaling",
         "deepspeed_inference.demo_training",
         "deepspeed_inference.presets",
         "deepspeed_inference.demo",
@@ -47,7 +50,7 @@ setup(
     package_data={
         "ssm_kernels": ["csrc/*.cpp", "csrc/*.h"],
         "megatron_ssm.collectives": ["csrc/*.cpp"],
-        "deepspeed_inference.presets": ["*.yaml"],
+        "deepspeed_inference.presets": ["*.yaml", "benchmarks/*.yaml"],
         "deepspeed_inference.demo": ["*.json", "*.safetensors", "*.md"],
     },
     install_requires=[

@@ -23,3 +23,12 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(mallopt(number, value) for name, (number, value) in _OPTIONS.items() if name not in os.environ)
+
+
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system now, so that what is resident is what is used (glibc only)."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    trim(0)

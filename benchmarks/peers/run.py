@@ -13,9 +13,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import installed
 import table
 
+from deepspeed_inference.benchmarks.peers import installed
 from deepspeed_inference.command_line.quiet import quiet
 
 SHAPES = {

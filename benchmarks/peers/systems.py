@@ -11,10 +11,10 @@ import ctypes
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-import gguf_models
-import installed
 import numpy as np
 import torch
+
+from deepspeed_inference.benchmarks.peers import gguf_models, installed
 
 # By transformers' defaults a deep random model turns the rounding of its first layers into another answer, which no
 # check could tell from a wrong weight. Like this, rounding stays small and every tensor still matters.

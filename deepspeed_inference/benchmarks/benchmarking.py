@@ -59,21 +59,22 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def on_ranks(function: Callable, ranks: int, *arguments) -> list:
+def on_ranks(function: Callable, ranks: int, *arguments, timeout: float | None = None) -> list:
     """What `function(*arguments)` returns on each of so many fresh ranks of this machine.
 
     Args:
         function: of a module's top level; it imports what it needs before it measures.
+        timeout: seconds until the ranks are ended; None waits for as long as they live.
 
     Raises:
-        RuntimeError: a rank died.
+        RuntimeError: a rank died, or did not answer in time.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     meeting = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     launches = [Launch({"RANK": rank, "LOCAL_RANK": rank, **meeting}) for rank in range(ranks)]
-    return launched(function, arguments, launches)
+    return launched(function, arguments, launches, timeout)
 
 
 @dataclass(frozen=True)

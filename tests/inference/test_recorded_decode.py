@@ -40,6 +40,7 @@ def _compare(context: RankContext, checkpoint, dtype) -> None:
     found = _steps(played, change=lambda step, engine, context: seen.append(_played(context)))
     assert torch.equal(found, _steps(written))
     assert played._decode.refusal is None and seen == [False, False, True, True, True, True, True]
+    assert played.reduction.traffic.snapshot() == written.reduction.traffic.snapshot()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

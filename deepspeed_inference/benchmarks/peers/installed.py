@@ -1,4 +1,4 @@
-"""The peers' packages, which are no dependencies of the project: only this folder imports them, and only from here."""
+"""The peers' packages, which are no dependencies of the project: they are imported from here and from nowhere else."""
 
 from __future__ import annotations
 

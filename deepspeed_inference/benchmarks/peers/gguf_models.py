@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import installed
 import numpy as np
 import torch
+
+from deepspeed_inference.benchmarks.peers import installed
+
+MODEL_TYPES = ("mamba", "mamba2")
 
 _MODEL_NAMES = {
     "backbone.embeddings.weight": "token_embd.weight",

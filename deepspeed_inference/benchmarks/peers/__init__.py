@@ -1,0 +1,1 @@
+"""What benchmarks need to run the peers, which are no dependencies of the project."""
