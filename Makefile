@@ -30,6 +30,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
+	$(BIN)/python tools/benchmark.py small --output out/small.json
 	$(BIN)/python tools/bench_main_job.py $(ARGS)
 	$(BIN)/python tools/bench_families.py
 	$(BIN)/python tools/bench_training.py

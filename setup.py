@@ -67,9 +67,9 @@ setup(
         "psutil",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "matplotlib", "ruff", "setuptools>=70", "triton>=3.6"],
+        "test": ["pytest", "hypothesis", "matplotlib", "scipy", "ruff", "setuptools>=70", "triton>=3.6"],
         "gpu": ["triton>=3.6"],
-        "tools": ["matplotlib"],
+        "tools": ["matplotlib", "scipy"],
     },
     entry_points={"console_scripts": ["megatron-ssm-infer=deepspeed_inference.command_line.cli:main"]},
 )
