@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -143,7 +144,14 @@ def _answers(pipes: list, timeout: float | None) -> list:
 def _rank_main(environment: dict, pipe, job: bytes) -> None:
     from deepspeed_inference.command_line.quiet import quiet
 
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     os.environ.update({name: str(value) for name, value in environment.items()})
     quiet()
     function, arguments = pickle.loads(job)  # imports its module, which nobody has quietened before
     pipe.send(function(*arguments))
+
+
+def _end_with_the_parent() -> None:
+    """End this rank when the process that launched it was killed: it would go on, and disturb what is measured next."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -242,6 +245,39 @@ def test_ranks_that_die_before_they_begin_leave_other_models(tmp_path):
     first, second = record["cells"]
     assert "its model could not be made" in first["error"]  # Zamba has more layers than two
     assert second["error"] == "its ranks died before they began; their error is above"
+
+
+_LAUNCHING = """
+import os, sys, time
+from deepspeed_inference.benchmarks.benchmarking import on_ranks
+
+def work(file):
+    with open(file, "w") as out:
+        out.write(str(os.getpid()))
+    time.sleep(300)
+
+if __name__ == "__main__":
+    on_ranks(work, 1, sys.argv[1])
+"""
+
+
+def test_ranks_end_with_the_process_that_launched_them(tmp_path):
+    script, file = tmp_path / "launching.py", tmp_path / "pid"
+    script.write_text(_LAUNCHING)
+    launching = subprocess.Popen([sys.executable, script, file])
+    try:
+        assert _soon(lambda: file.is_file() and file.read_text())
+    finally:
+        launching.kill()
+        launching.wait()
+    assert _soon(lambda: not Path(f"/proc/{file.read_text()}").exists())
+
+
+def _soon(condition, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
 
 
 def test_what_is_done_is_not_measured_again(tmp_path):

@@ -5,6 +5,7 @@
     FLOP of products, by dtype, and of scans, exponentials     a core's; shared out among a rank's threads
     bytes of weights and states                                 one price where one core is busy, one where several are:
                                                                 then it is all ranks' bytes, since they share a memory
+    bytes of keys and values                                    a core's: attention takes far longer than memory does
     kernels, passes, rows                                       what starting each takes
     messages and their bytes, by link                           on emulated links also bytes / the rate measured
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 from deepspeed_inference.benchmarks.all_reduce import Layout, ring_cost
@@ -89,6 +91,9 @@ def _computing(cell: Cell, load: Load, work: Iterable[Operation]) -> Amounts:
         found[rate] += operation.flops / cell.threads
         found["exponentials"] += operation.exponentials / cell.threads
         found["bytes of activations"] += operation.activation_bytes / cell.threads
+        if operation.name == "attention":
+            found["bytes of keys and values"] += operation.state_bytes / cell.threads
+            operation = replace(operation, state_bytes=0.0)
         alone = cell.busy_cores == 1
         memory = "bytes, one core busy" if alone else "bytes, several cores busy"
         found[memory] += cell.ranks * (operation.weight_bytes + operation.state_bytes)
