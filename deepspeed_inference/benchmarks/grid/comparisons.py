@@ -11,7 +11,7 @@ Cells of different blocks have no rounds in common; there it is the ratio of the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -112,11 +112,11 @@ class Reading:
         blocks = entry.cell.block, replace(entry.cell, link=OWN).block
         return next((self._one_rank_by_block[block] for block in blocks if block in self._one_rank_by_block), None)
 
-    def model_name(self, entry: Entry) -> str:
-        """Family and shape; output, batch and dtype where the record has several of them."""
+    def model_name(self, entry: Entry, among: Iterable[Entry] | None = None) -> str:
+        """Family and shape; output, batch and dtype where the record, or those it stands among, has several of them."""
         cell = entry.cell
         words = {"output": f"{cell.output} new tokens", "batch": f"batch {cell.batch}", "dtype": cell.dtype}
-        cells = [other.cell for other in self.entries]
+        cells = [other.cell for other in (self.entries if among is None else among)]
         several = [word for name, word in words.items() if len({getattr(each, name) for each in cells}) > 1]
         return ", ".join([f"{FAMILY_NAMES.get(cell.family, cell.family)} {cell.shape}", *several])
 

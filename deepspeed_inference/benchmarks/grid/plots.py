@@ -1,4 +1,4 @@
-"""Pictures of a benchmark's record: throughput and first tokens by prompt, speed-up by ranks, and links by their rate.
+"""Pictures of a benchmark's record: throughput, first tokens and speed-up by prompt, and links by their rate.
 
 Each is a grid of small panels with one legend. Colours tell layouts apart for the colour-blind too (Okabe and Ito),
 markers numbers of ranks, dashes codecs. Error bars reach from the least to the most that was measured.
@@ -31,15 +31,12 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 }
 _COLORS = {"one": "#222222", "threads": "#8c8c8c", "data": "#e69f00", "tensor": "#0072b2", "both": "#cc79a7"}
-_TRANSFORMERS_COLOR = "#009e73"
+_PEER_COLORS = {"transformers": "#009e73", "llama_cpp": "#d55e00"}
 _DASHES = {OFF: "-", "exact": ":", "int8": "--", "fp8-e4m3": "-.", "int6": (0, (4, 1, 1, 1, 1, 1)), "int4": (0, (1, 3))}
 _MARKERS = {1: "o", 2: "o", 4: "s", 8: "^"}
 _IDEAL = {"color": "#777777", "linestyle": (0, (4, 3)), "linewidth": 1, "zorder": 1, "label": "ideal"}
-_MODELS_A_ROW = 3  # where prompts do not have the columns; four models are two and two
-_MOST_PROMPTS = 4  # side by side: the shortest, the longest and some in between
+_PANELS_A_ROW = 3  # but four are two and two, and eight are four and four
 _MOST_TICKS = 6
-_LABEL_POINTS = 9.0  # between two labels
-_PANEL_POINTS = 140.0  # about the height of a panel
 
 Spread = tuple[float, float, float]  # the median, the least and the most
 
@@ -65,23 +62,40 @@ def first_tokens(reading: Reading, file: Path) -> None:
 
 
 def speed_ups(reading: Reading, file: Path) -> None:
-    """Speed-up over one rank by the number of ranks, beside the ideal line; a row a model, a column a prompt."""
+    """Speed-up over one rank by the prompt's length, beside the ideal of as many ranks; a panel a model."""
     entries = [entry for entry in _beside_own_link(reading) if entry.cell.system == "ours" and speed_up(reading, entry)]
-    x, y = "ranks (of one rank: threads)", "times as fast as one rank"
-    with _by_model_and_prompt(reading, entries, file, x, y) as panels:
-        for axes, group in panels:
-            _speed_up_panel(axes, reading, group)
+    several = [entry for entry in entries if entry.cell.layout != "one"]
+    ideals = sorted({entry.cell.ranks * entry.cell.threads // _threads_of_one(reading, entry) for entry in several})
+
+    def value(entry: Entry) -> Spread:
+        found = speed_up(reading, entry)
+        return found.median, found.least, found.most
+
+    with _by_prompt(reading, several, file, value, "times as fast as one rank") as panels:
+        for axes in panels:
+            for ideal in ideals:
+                axes.axhline(ideal, **_IDEAL)
+            axes.axhline(1, color=_COLORS["one"], linewidth=0.8, zorder=1)
+            axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], *ideals))
+
+
+def _threads_of_one(reading: Reading, entry: Entry) -> int:
+    return reading.one_rank(entry).cell.threads
 
 
 def links(reading: Reading, file: Path) -> None:
-    """Tokens a second by the rate of the link between the ranks; a row a model, a column a prompt."""
+    """Tokens a second by the rate of the link between the ranks; a panel a model and prompt."""
     entries = [entry for entry in reading.entries if entry.result and entry.cell.system == "ours"]
     linked = {(*entry.model, entry.cell.prompt) for entry in entries if entry.cell.link != OWN}
     entries = [entry for entry in entries if (*entry.model, entry.cell.prompt) in linked]
     entries = [entry for entry in entries if entry.cell.layout != "threads"]  # of one host
+    groups = _groups(entries, lambda entry: (*entry.model, entry.cell.prompt))
+    prompts = {entry.cell.prompt for entry in entries}
     x, y = "link between the ranks, Gbit/s (own: shared memory)", "tokens a second, prompt and output"
-    with _by_model_and_prompt(reading, entries, file, x, y) as panels:
-        for axes, group in panels:
+    with _figure(file, len(groups), x, y) as panels:
+        for axes, group in zip(panels, groups.values(), strict=True):
+            prompt = f", prompt {group[0].cell.prompt:,}" if len(prompts) > 1 else ""
+            axes.set_title(reading.model_name(group[0], entries) + prompt)
             _links_panel(axes, group)
 
 
@@ -108,10 +122,9 @@ def _beside_own_link(reading: Reading) -> list[Entry]:
 
 @contextmanager
 def _by_prompt(reading: Reading, entries: list[Entry], file: Path, value: Callable, y: str) -> Iterator[list]:
-    models = _groups(entries, lambda entry: entry.model)
-    columns = 2 if len(models) == 4 else max(1, min(_MODELS_A_ROW, len(models)))
-    with _figure(file, -(-len(models) // columns), columns, "tokens of the prompt", y) as grid:
-        panels = list(grid.flat)[: len(models)]
+    models = _with_several_prompts(_groups(entries, lambda entry: entry.model))
+    shown = [entry for group in models.values() for entry in group]
+    with _figure(file, len(models), "tokens of the prompt", y) as panels:
         for axes, group in zip(panels, models.values(), strict=True):
             lines = list(_groups(group, lambda entry: entry.arrangement).values())
             for place, line in enumerate(lines):
@@ -122,55 +135,14 @@ def _by_prompt(reading: Reading, entries: list[Entry], file: Path, value: Callab
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{prompt:,}" for prompt in ticks], fontsize=8)
             axes.minorticks_off()
-            axes.set_title(reading.model_name(group[0]))
+            axes.set_title(reading.model_name(group[0], shown))
         yield panels
 
 
-@contextmanager
-def _by_model_and_prompt(reading: Reading, entries: list[Entry], file: Path, x: str, y: str) -> Iterator[list]:
-    models = _groups(entries, lambda entry: entry.model)
-    prompts = _some(sorted({entry.cell.prompt for entry in entries}))
-    with _figure(file, len(models), len(prompts), x, y) as grid:
-        panels = []
-        for row, group in zip(grid, models.values(), strict=False):
-            for axes, prompt in zip(row, prompts, strict=True):
-                if of_prompt := [entry for entry in group if entry.cell.prompt == prompt]:
-                    axes.set_title(f"{reading.model_name(group[0])}, prompt {prompt:,}")
-                    panels.append((axes, of_prompt))
-        yield panels
-
-
-def _speed_up_panel(axes, reading: Reading, group: list[Entry]) -> None:
-    several = [entry for entry in group if entry.cell.layout != "one"]
-    ranks = sorted({1, *(_ranks(reading, entry) for entry in several)})
-    axes.plot(ranks[:: len(ranks) - 1 or 1], ranks[:: len(ranks) - 1 or 1], **_IDEAL)
-    axes.axhline(1, color=_COLORS["one"], linewidth=0.8, zorder=1)
-    ends = []
-    for place, line in enumerate(_groups(several, lambda entry: (entry.cell.layout, entry.cell.codec)).values()):
-        values = [speed_up(reading, entry) for entry in line]
-        spreads = [(1.0, 1.0, 1.0), *((each.median, each.least, each.most) for each in values)]
-        aside = 0.02 * ranks[-1] * (place - 1)  # keeps error bars apart
-        places = [1, *(_ranks(reading, entry) + aside for entry in line)]
-        _line(axes, line, places, spreads, label=_layout_name(line[0]))
-        ends.append((spreads[-1][0], places[-1], _color(line[0])))
-    axes.set_xticks(ranks)
-    axes.set_xlim(0.8, ranks[-1] + 0.32 * max(1, ranks[-1] - 1))
-    axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], ranks[-1]))
-    _label(axes, ends)
-
-
-def _ranks(reading: Reading, entry: Entry) -> int:
-    """Of which each has as many threads as the one rank; threads beyond that count as ranks."""
-    return entry.cell.ranks * entry.cell.threads // reading.one_rank(entry).cell.threads
-
-
-def _layout_name(entry: Entry) -> str:
-    return {
-        "threads": "one rank of several threads",
-        "data": "data-parallel ranks",
-        "tensor": "tensor-parallel ranks",
-        "both": "tensor × data",
-    }[entry.cell.layout]
+def _with_several_prompts(models: dict[tuple, list[Entry]]) -> dict[tuple, list[Entry]]:
+    """Those that have a line to draw, where there are any."""
+    several = {model: group for model, group in models.items() if len({entry.cell.prompt for entry in group}) > 1}
+    return several or models
 
 
 def _links_panel(axes, group: list[Entry]) -> None:
@@ -186,7 +158,7 @@ def _links_panel(axes, group: list[Entry]) -> None:
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _line(axes, entries: list[Entry], places: list[float], spreads: list[Spread], label: str | None = None) -> None:
+def _line(axes, entries: list[Entry], places: list[float], spreads: list[Spread]) -> None:
     entry = entries[0]
     points = sorted(zip(places, spreads, strict=True))
     middles = [middle for _, (middle, _, _) in points]
@@ -196,7 +168,7 @@ def _line(axes, entries: list[Entry], places: list[float], spreads: list[Spread]
         [place for place, _ in points],
         middles,
         [below, above],
-        label=label or entry.name,
+        label=entry.name,
         color=_color(entry),
         linestyle=_DASHES.get(entry.cell.codec, "-"),
         linewidth=1.5,
@@ -209,40 +181,22 @@ def _line(axes, entries: list[Entry], places: list[float], spreads: list[Spread]
 
 
 def _color(entry: Entry) -> str:
-    return _COLORS[entry.cell.layout] if entry.cell.system == "ours" else _TRANSFORMERS_COLOR
-
-
-def _label(axes, ends: list[tuple[float, float, str]]) -> None:
-    """Values behind the right ends of lines, moved apart where lines end close together."""
-    bottom, top = axes.get_ylim()
-    right = max((place for _, place, _ in ends), default=0)
-    height = 0.0
-    for value, _, color in sorted(ends):
-        points = (value - bottom) / (top - bottom) * _PANEL_POINTS
-        height = max(points, height + _LABEL_POINTS)
-        axes.annotate(
-            f"{value:.2f}×",
-            (right, value),
-            (8, height - points),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
-        )
+    return _COLORS[entry.cell.layout] if entry.cell.system == "ours" else _PEER_COLORS[entry.cell.system]
 
 
 @contextmanager
-def _figure(file: Path, rows: int, columns: int, x: str, y: str) -> Iterator:
-    """Panels to draw into; those that stay empty are not shown."""
-    rows, columns = max(1, rows), max(1, columns)
+def _figure(file: Path, count: int, x: str, y: str) -> Iterator[list]:
+    """So many panels to draw into."""
+    columns = {4: 2, 7: 4, 8: 4}.get(count, max(1, min(_PANELS_A_ROW, count)))
+    rows = max(1, -(-count // columns))
     with plt.rc_context(_STYLE):
-        size = max(6.4, 3.1 * columns), 2.5 * rows + 1.0
+        size = max(6.4, 2.9 * columns), 2.5 * rows + 1.0
         figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
-        yield grid
-        for axes in grid.flat:
+        panels = list(grid.flat)
+        yield panels[:count]
+        for axes in panels:
             axes.set_visible(axes.has_data())
-        _legend(figure, [axes for axes in grid.flat if axes.has_data()])
+        _legend(figure, [axes for axes in panels if axes.has_data()])
         figure.supxlabel(x, fontsize=9)
         figure.supylabel(y, fontsize=9)
         figure.savefig(file, dpi=130)
@@ -267,10 +221,3 @@ def _groups(entries: Iterable[Entry], key: Callable[[Entry], tuple]) -> dict[tup
     for entry in entries:
         groups.setdefault(key(entry), []).append(entry)
     return groups
-
-
-def _some(prompts: list[int]) -> list[int]:
-    """All, or the shortest, the longest and some evenly in between."""
-    if len(prompts) <= _MOST_PROMPTS:
-        return prompts
-    return [prompts[round(place * (len(prompts) - 1) / (_MOST_PROMPTS - 1))] for place in range(_MOST_PROMPTS)]
