@@ -12,8 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import yaml
 
+from deepspeed_inference.shipped_yaml import read_yaml
 from deepspeed_inference.validation import check_sampling, in_range, one_of
 from megatron_ssm.collectives.quantized import QUANTIZABLE_SITES, check_sites
 from megatron_ssm.overlap import HIDE_REDUCTIONS
@@ -250,15 +250,8 @@ def read_preset(name: str | Path) -> dict:
     Raises:
         ValueError: there is no such file, or it is not a mapping of known keys.
     """
-    shipped = PRESETS / f"{name}.yaml"
-    path = shipped if not Path(name).is_file() and shipped.is_file() else Path(name)
-    if not path.is_file():
-        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise ValueError(f"preset {name}: no such file, and not one of those shipped ({names})")
-    try:
-        options = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"preset {path}: not YAML: {error}") from error
+    path, options = read_yaml("preset", name, PRESETS)
+    options = options or {}
     if not isinstance(options, dict):
         raise ValueError(f"preset {path}: expected keys and values, found {type(options).__name__}")
     try:

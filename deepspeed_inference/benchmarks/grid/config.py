@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from deepspeed_inference.benchmarks.shapes import shape
 from deepspeed_inference.config import PRESETS
+from deepspeed_inference.shipped_yaml import read_yaml
 from deepspeed_inference.validation import in_range, one_of
 
 SHIPPED = PRESETS / "benchmarks"
@@ -133,19 +132,11 @@ def read_config(name: str | Path) -> BenchmarkConfig:
     Raises:
         ValueError: there is no such file, or it is not a mapping of known keys and good values.
     """
-    shipped = SHIPPED / f"{name}.yaml"
-    path = shipped if not Path(name).is_file() and shipped.is_file() else Path(name)
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-        raise ValueError(f"benchmark {name}: no such file, and not one of those shipped ({names})")
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"benchmark {path.name}: not YAML: {error}") from error
+    path, options = read_yaml("benchmark", name, SHIPPED)
     try:
         return _of_mapping(BenchmarkConfig, "", options)
     except ValueError as error:
-        raise ValueError(f"benchmark {path.name}: {error}") from error
+        raise ValueError(f"benchmark {path}: {error}") from error
 
 
 def _of_mapping(kind: type, name: str, value):
